@@ -1,0 +1,35 @@
+"""Multi-scale fusion and an HRNet-style head: what turns a task's four maps into its prediction.
+
+Each map is projected by a bias-free 1x1 convolution, brought to the first map's size (stride 8)
+and concatenated; a 1x1 convolution, BatchNorm, ReLU and a last 1x1 convolution give the outputs,
+which are resized to the image. Every task has its own, trained with the adapters.
+
+References: MTLoRA, arXiv 2403.20320, sections 3.3 and 4.1; HRNet, arXiv 1908.07919.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FUSED = (18, 36, 72, 144)  # HRNet-W18's channels; together 270, and 4 * 270 hidden ones
+
+
+class Decoder(nn.Module):
+    """in_channels of the four maps -> `outputs` channels at the image's size."""
+
+    def __init__(self, in_channels: Sequence[int], outputs: int):
+        super().__init__()
+        width = sum(FUSED)
+        self.fuse = nn.ModuleList(nn.Conv2d(c, f, 1, bias=False)
+                                  for c, f in zip(in_channels, FUSED, strict=True))
+        self.head = nn.Sequential(nn.Conv2d(width, 4 * width, 1), nn.BatchNorm2d(4 * width),
+                                  nn.ReLU(), nn.Conv2d(4 * width, outputs, 1))
+
+    def forward(self, maps: Sequence[Tensor], size: Sequence[int]) -> Tensor:
+        """maps: four (B, h, w, c); size: (H, W) of the image -> (B, outputs, H, W)."""
+        fused = [conv(x.permute(0, 3, 1, 2)) for conv, x in zip(self.fuse, maps)]
+        first = fused[0].shape[-2:]  # stride 8
+        fused = torch.cat([F.interpolate(x, first, mode="bilinear") for x in fused], 1)
+        return F.interpolate(self.head(fused), tuple(size), mode="bilinear")

@@ -1,0 +1,138 @@
+"""Which tasks share an adapter: partitions, their score, and the task tree.
+
+A group's tasks are scored by their mean similarity to the others in it (eq. 5), a partition by
+the sum over all tasks (eq. 6). The last stage takes the best partition into its number of groups;
+each earlier stage merges groups of the one after it (Algorithm 1), so the tree is nested: tasks
+that part never meet again.
+
+    tree = build_tree(sim, (1, 1, 2, 3))    # sim: (T, T) similarities; one partition a stage
+    print(format_tree(tree, ["semseg", "depth", "normals"]))
+
+A partition is a list of tuples of task indices, each sorted, ordered by their first task.
+References: arXiv 2509.19602, sections 3.3 and 4.4.
+"""
+
+from collections.abc import Sequence
+from itertools import combinations
+
+import numpy as np
+
+Partition = list[tuple[int, ...]]
+
+
+def score(partition: Partition, sim: np.ndarray) -> float:
+    """Affinity of a partition: each task's mean similarity to its group, summed (eq. 5 and 6)."""
+    return float(sum(sum(sim[t, u] for t in group for u in group if u != t) / (len(group) - 1)
+                     for group in partition if len(group) > 1))
+
+
+def best_partition(sim: np.ndarray, num_groups: int) -> Partition:
+    """The partition of T tasks into `num_groups` with the highest score, exactly.
+
+    sim: (T, T). Branch and bound: tasks are placed one after another, into each group so far or
+    a new one, and a branch is left when no completion of it can beat the best score found.
+    Of equal partitions the first in that order wins. Raises ValueError unless 1 <= groups <= T.
+    """
+    sim = np.asarray(sim, dtype=float)
+    T = len(sim)
+    if sim.shape != (T, T) or not np.isfinite(sim).all():
+        raise ValueError(f"similarity must be a finite square matrix, got shape {sim.shape}")
+    if not 1 <= num_groups <= T:
+        raise ValueError(f"{T} tasks do not fit into {num_groups} groups; expected 1 to {T}")
+    best: Partition = []
+    best_score = -np.inf
+
+    def bound(groups: list[list[int]], t: int) -> float:
+        """At least the score of any completion: each task gets its best conceivable company."""
+        total = 0.0
+        for group in groups:
+            for u in group:
+                # The mates it has are fixed; those to come can at best be its most similar.
+                mates = [sim[u, v] for v in group if v != u]
+                means, mass, count = [], sum(mates), len(mates)
+                for s in [None, *sorted(sim[u, t:], reverse=True)]:
+                    if s is not None:
+                        mass, count = mass + s, count + 1
+                    means.append(mass / count if count else 0.0)
+                total += max(means)
+        for u in range(t, T):
+            total += max(0.0, max(sim[u, v] for v in range(T) if v != u)) if T > 1 else 0.0
+        return total
+
+    def place(t: int, groups: list[list[int]]) -> None:
+        nonlocal best, best_score
+        if len(groups) + T - t < num_groups:  # too few tasks left to open the missing groups
+            return
+        if t == T:
+            if (s := score(groups, sim)) > best_score:
+                best, best_score = [tuple(g) for g in groups], s
+            return
+        if best and bound(groups, t) <= best_score:
+            return
+        for group in groups:
+            group.append(t)
+            place(t + 1, groups)
+            group.pop()
+        if len(groups) < num_groups:
+            place(t + 1, [*groups, [t]])
+
+    place(0, [])
+    return best
+
+
+def merge_groups(partition: Partition, sim: np.ndarray, num_groups: int) -> Partition:
+    """Algorithm 1: merge the two groups whose union scores best, until `num_groups` are left.
+
+    The paper's search starts from score 0 and so finds nothing when every similarity is negative;
+    this one starts from minus infinity. Of equal pairs the first wins.
+    """
+    if not 1 <= num_groups <= len(partition):
+        raise ValueError(f"{len(partition)} groups cannot be merged into {num_groups}")
+    partition = list(partition)
+    while len(partition) > num_groups:
+        candidates = (sorted([g for g in partition if g not in pair] + [tuple(sorted(sum(pair, ())))])
+                      for pair in combinations(partition, 2))
+        partition = max(candidates, key=lambda p: score(p, sim))  # max keeps the first of equals
+    return partition
+
+
+def build_tree(sim: np.ndarray, groups_per_stage: Sequence[int]) -> list[Partition]:
+    """One partition a stage, computed from the decoders down (4.4): best, then merged.
+
+    groups_per_stage: from the first stage to the last, never decreasing, at most T.
+    """
+    sim, groups = np.asarray(sim, dtype=float), list(groups_per_stage)
+    if groups != sorted(groups) or groups[0] < 1 or groups[-1] > len(sim):
+        raise ValueError(f"groups {','.join(map(str, groups))} do not fit {len(sim)} tasks: expected"
+                         f" one number a stage, never decreasing, from 1 to at most {len(sim)}")
+    tree = [best_partition(sim, groups[-1])]
+    for n in reversed(groups[:-1]):
+        tree.insert(0, merge_groups(tree[0], sim, n))
+    return tree
+
+
+def check_tree(tree: Sequence[Partition], num_tasks: int) -> None:
+    """Raise ValueError unless every stage covers all tasks once and lies inside the one before."""
+    for i, partition in enumerate(tree, 1):
+        if sorted(t for group in partition for t in group) != list(range(num_tasks)):
+            raise ValueError(f"tree: stage {i} must hold each of the {num_tasks} tasks exactly once")
+        if i > 1:
+            parents(tree[i - 2], partition)
+
+
+def parents(before: Partition, after: Partition) -> list[int]:
+    """For each group of a stage, the index of the group of the stage before that contains it."""
+    index = [next((i for i, b in enumerate(before) if set(group) <= set(b)), None)
+             for group in after]
+    if None in index:
+        group = after[index.index(None)]
+        raise ValueError(f"tree: not nested: tasks {group} share a group, but did not in the stage "
+                         "before; groups may split from stage to stage and never merge")
+    return index
+
+
+def format_tree(tree: Sequence[Partition], names: Sequence[str]) -> str:
+    """The tree as text, a line a stage: `stage 3   {semseg, depth} {normals}`."""
+    return "\n".join(
+        f"stage {i}   " + " ".join("{" + ", ".join(names[t] for t in g) + "}" for g in partition)
+        for i, partition in enumerate(tree, 1))

@@ -1,0 +1,74 @@
+"""The multi-task network: backbone stages, the task tree, one decoder a task.
+
+All groups of a stage run the same frozen weights, so a stage with G task groups is fed one batch
+of G*B images, group after group. Between two stages the tree says which group each new group
+comes from. There is no loop over tasks in the backbone, and the baselines are special trees:
+(1, 1, 1, 1) groups share everything, (T, T, T, T) nothing.
+
+    model = MultiTaskNet(backbone, tasks, tree)                # frozen backbone, trained decoders
+    model.adapt("attn+mlp", ranks=(63, 63, 63, 63))            # + TGLoRA
+    predictions = model(image)                                 # {"semseg": (B, 40, H, W), ...}
+
+Shapes: B batch, G groups, H W pixels, h w c of a map. A tree is a list of one partition a stage.
+References: arXiv 2509.19602, section 3 and figure 3.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from decoders import Decoder
+from grouping import Partition, check_tree, parents
+from swin import SwinTransformer
+from tglora import add_adapters, freeze, split_rank
+
+
+class MultiTaskNet(nn.Module):
+    """tasks: objects with `name` and `outputs`; tree: one partition of their indices a stage."""
+
+    def __init__(self, backbone: SwinTransformer, tasks: Sequence, tree: Sequence[Partition]):
+        super().__init__()
+        check_tree(tree, len(tasks))
+        if len(tree) != len(backbone.layers):
+            raise ValueError(f"tree: {len(tree)} stages, but the backbone has "
+                             f"{len(backbone.layers)}")
+        self.backbone, self.tree = backbone, tree
+        everything = [tuple(range(len(tasks)))]  # the image, which all groups come from
+        self.parents = [parents(a, b) for a, b in zip([everything, *tree], tree)]
+        self.group_of = {task.name: [next(i for i, group in enumerate(stage) if t in group)
+                                     for stage in tree] for t, task in enumerate(tasks)}
+        self.decoders = nn.ModuleDict(
+            {task.name: Decoder(backbone.channels, task.outputs) for task in tasks})
+        freeze(backbone, None)
+
+    def adapt(self, layers: str, ranks: Sequence[int], dropout: float = 0.05) -> None:
+        """Add TGLoRA to each stage; ranks: a stage's combined rank, split by group sizes (4.3)."""
+        for stage, partition, rank in zip(self.backbone.layers, self.tree, ranks, strict=True):
+            add_adapters(stage, layers, split_rank(rank, [len(g) for g in partition]),
+                         dropout=dropout)
+        freeze(self.backbone, layers)
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        """Image (B, 3, H, W), normalised -> each task's prediction, (B, outputs, H, W)."""
+        B = len(image)
+        x = self.backbone.patch_embed(image)  # (B, H/4, W/4, C)
+        maps = []
+        for stage, parent in zip(self.backbone.layers, self.parents):
+            if len(parent) * B > len(x):  # the tree branches here
+                x = x.unflatten(0, (-1, B))[parent].flatten(0, 1)  # (G*B, h, w, c)
+            x = stage(x)
+            maps.append(x.unflatten(0, (-1, B)))  # (G, B, h, w, c)
+        return {name: decoder([m[g] for m, g in zip(maps, self.group_of[name])], image.shape[2:])
+                for name, decoder in self.decoders.items()}
+
+
+def ledger(model: nn.Module) -> dict[str, int]:
+    """Parameters that are trained: adapters, decoders, others (of the backbone), and in all."""
+    count = {"adapters": 0, "decoders": 0, "others": 0}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            kind = ("adapters" if "lora_" in name else
+                    "decoders" if name.startswith("decoders.") else "others")
+            count[kind] += p.numel()
+    return {**count, "trainable": sum(count.values()),
+            "total": sum(p.numel() for p in model.parameters())}

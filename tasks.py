@@ -1,0 +1,179 @@
+"""What a dense prediction task is: outputs, loss, metrics, what no learning scores, colours.
+
+A label says itself which of its pixels are valid: semseg's 255 is ignored, a depth of 0 and a
+normal of (0, 0, 0) do not exist in the world and mean "not measured". Losses and metrics look at
+valid pixels only. Metrics are sums: `sums(pred, label)` of any batches add up, and `metrics(sums)`
+divides once at the end, so that they do not depend on how a set was cut into batches.
+
+Shapes: B batch, H W pixels. A prediction is (B, outputs, H, W); labels are (B, H, W) int64 for
+semseg, (B, 1, H, W) for depth in metres, (B, 3, H, W) for normals (x right, y down, z to camera).
+References: arXiv 2509.19602, sections 4.2, 4.3 and eq. 7; MTLoRA, arXiv 2403.20320, section 4.1.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE = 255
+
+
+class SemSeg:
+    """Semantic segmentation: one class a pixel; mean intersection over union (mIoU)."""
+
+    name, weight, metric, higher_is_better = "semseg", 1.0, "mIoU", True
+
+    def __init__(self, classes: int):
+        self.outputs = classes
+
+    def valid(self, label: Tensor) -> Tensor:
+        return label != IGNORE  # (B, H, W)
+
+    def loss(self, pred: Tensor, label: Tensor) -> Tensor:
+        """Cross-entropy, mean over valid pixels (0 when there are none)."""
+        total = F.cross_entropy(pred.float(), label, ignore_index=IGNORE, reduction="sum")
+        return total / self.valid(label).sum().clamp(min=1)
+
+    def sums(self, pred: Tensor, label: Tensor) -> Tensor:
+        """Confusion matrix, (classes, classes): rows are true, columns predicted."""
+        valid, C = self.valid(label), self.outputs
+        pairs = label[valid] * C + pred.argmax(1)[valid]
+        return torch.bincount(pairs, minlength=C * C).reshape(C, C).double()
+
+    def metrics(self, sums: Tensor) -> dict[str, float]:
+        """mIoU over the classes that occur in truth or prediction, and pixel accuracy."""
+        hit = sums.diag()
+        union = sums.sum(0) + sums.sum(1) - hit
+        occurs = union > 0
+        return {"mIoU": (hit[occurs] / union[occurs]).mean().item(),
+                "accuracy": (hit.sum() / sums.sum()).item()}
+
+    def best_constant(self, values: Tensor) -> Tensor:
+        """values: valid labels (N,) -> the majority class as logits (outputs,)."""
+        return F.one_hot(values.mode().values, self.outputs).float()
+
+    def colours(self, x: Tensor) -> Tensor:
+        """Prediction (outputs, H, W) or label (H, W) -> (3, H, W) in 0..1; ignored is black."""
+        label = x if x.ndim == 2 else x.argmax(0)
+        turn = label * 0.61803399 % 1  # golden-ratio hues: neighbouring classes look different
+        hue = torch.stack([turn, turn + 1 / 3, turn + 2 / 3]) * (2 * math.pi)
+        level = 0.55 + 0.2 * (label % 3)
+        return (0.5 + 0.5 * hue.cos()) * level * (label != IGNORE)
+
+
+class Depth:
+    """Depth along the optical axis, in metres; root mean square error over pixels."""
+
+    name, weight, metric, higher_is_better = "depth", 1.0, "rmse", False
+    outputs = 1
+
+    def valid(self, label: Tensor) -> Tensor:
+        return label > 0  # (B, 1, H, W)
+
+    def loss(self, pred: Tensor, label: Tensor) -> Tensor:
+        """L1 in metres, mean over valid pixels (0 when there are none)."""
+        valid = self.valid(label)
+        return ((pred.float() - label).abs() * valid).sum() / valid.sum().clamp(min=1)
+
+    def sums(self, pred: Tensor, label: Tensor) -> Tensor:
+        """Pixels, squared error, relative error."""
+        valid = self.valid(label)
+        pred, label = pred[valid].double(), label[valid].double()
+        error = pred - label
+        return torch.stack([valid.sum().double(), (error ** 2).sum(), (error.abs() / label).sum()])
+
+    def metrics(self, sums: Tensor) -> dict[str, float]:
+        """rmse in metres; abs_rel: mean absolute error relative to the true depth."""
+        n, square, relative = sums.tolist()
+        return {"rmse": math.sqrt(square / n) if n else math.nan,
+                "abs_rel": relative / n if n else math.nan}
+
+    def best_constant(self, values: Tensor) -> Tensor:
+        """values: valid depths (N,) -> the one depth with the least squared error, (1,)."""
+        return values.mean()[None]
+
+    def colours(self, x: Tensor) -> Tensor:
+        """(1, H, W) in metres -> (3, H, W): near is yellow, 10 m dark blue; invalid is black."""
+        t = (x[0] / 10).clamp(0, 1).sqrt()
+        rgb = torch.stack([1.1 - 1.3 * t, 0.95 - 0.9 * t, 0.25 + 0.9 * t * (1 - t)])
+        return rgb.clamp(0, 1) * (x[0] > 0)
+
+
+class Normals:
+    """Surface normals; the angle between prediction and truth in degrees.
+
+    What this literature prints as "rmse" of normals is the mean angle: compare `mean` with it.
+    """
+
+    name, weight, metric, higher_is_better = "normals", 10.0, "mean", False
+    outputs = 3
+
+    def valid(self, label: Tensor) -> Tensor:
+        return label.norm(dim=1) > 0.5  # (B, H, W)
+
+    def loss(self, pred: Tensor, label: Tensor) -> Tensor:
+        """L1 between unit vectors, mean over valid pixels and their 3 coordinates."""
+        valid = self.valid(label)
+        error = (F.normalize(pred.float(), dim=1) - label).abs() * valid[:, None]
+        return error.sum() / (3 * valid.sum()).clamp(min=1)
+
+    def sums(self, pred: Tensor, label: Tensor) -> Tensor:
+        """Pixels, angles, squared angles, pixels within 11.25, 22.5 and 30 degrees."""
+        valid = self.valid(label)
+        cosine = F.cosine_similarity(pred.double(), label.double(), dim=1)[valid]
+        angle = cosine.clamp(-1, 1).acos().rad2deg()
+        within = [(angle < limit).sum().double() for limit in (11.25, 22.5, 30)]
+        return torch.stack([valid.sum().double(), angle.sum(), (angle ** 2).sum(), *within])
+
+    def metrics(self, sums: Tensor) -> dict[str, float]:
+        """mean and true rmse of the angle in degrees, and the shares within three limits."""
+        n, angle, square, *within = sums.tolist()
+        if not n:
+            return dict.fromkeys(("mean", "rmse", "<11.25", "<22.5", "<30"), math.nan)
+        return {"mean": angle / n, "rmse": math.sqrt(square / n), "<11.25": within[0] / n,
+                "<22.5": within[1] / n, "<30": within[2] / n}
+
+    def best_constant(self, values: Tensor) -> Tensor:
+        """values: valid normals (N, 3) -> the direction of 500, or the mean, nearest to them."""
+        i = torch.arange(500) + 0.5  # a Fibonacci spiral covers the sphere evenly
+        z, turn = 1 - 2 * i / 500, math.pi * (1 + 5 ** 0.5) * i
+        r = (1 - z ** 2).sqrt()
+        sphere = torch.stack([r * turn.cos(), r * turn.sin(), z], 1)  # (500, 3)
+        sphere = torch.cat([F.normalize(values.mean(0)[None], dim=1), sphere])
+        values = values[::max(1, len(values) // 20000)]
+        angle = (F.normalize(values, dim=1) @ sphere.T).clamp(-1, 1).acos()  # (N, 501)
+        return sphere[angle.mean(0).argmin()]
+
+    def colours(self, x: Tensor) -> Tensor:
+        """(3, H, W) -> (3, H, W) in 0..1, the usual (n + 1) / 2; invalid is black."""
+        exists = x.norm(dim=0) > 1e-6
+        return (F.normalize(x, dim=0) + 1) / 2 * exists
+
+
+def make_tasks(names: list[str], classes: int) -> list:
+    """Task objects for `names`, in that order; classes: of the dataset's semseg."""
+    known = {"semseg": lambda: SemSeg(classes), "depth": Depth, "normals": Normals}
+    for name in names:
+        if name not in known:
+            raise ValueError(f"unknown task {name!r}; expected some of {', '.join(known)}")
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"tasks {','.join(names)!r}: expected each at most once, and at least one")
+    return [known[name]() for name in names]
+
+
+def delta_m(results: dict, baseline: dict, tasks: list) -> float:
+    """Mean relative gain over a baseline, in percent (eq. 7); better is positive.
+
+    results, baseline: {task: {metric: value}}. Raises ValueError when the baseline lacks a task.
+    """
+    gains = []
+    for task in tasks:
+        try:
+            base = baseline[task.name][task.metric]
+        except (KeyError, TypeError):
+            raise ValueError(f"baseline: no {task.metric} of {task.name}; expected "
+                             '{"results": {task: {metric: value}}}') from None
+        gain = (results[task.name][task.metric] - base) / base
+        gains.append(gain if task.higher_is_better else -gain)
+    return 100 * sum(gains) / len(gains)

@@ -1,0 +1,128 @@
+"""Task-Grouped LoRA: one frozen linear layer, one low-rank adapter for each group of tasks.
+
+    y_g = W x_g + gamma B_g A_g x_g        (TGLoRA paper, section 3.2, eq. 4)
+
+All groups share the frozen W, so their inputs travel as one batch, group after group:
+x (G*B, ..., k). Only this layer unfolds the groups; whatever stands around it (norms, attention,
+activations) needs no change. One group is plain LoRA.
+
+    layer = TGLoRALinear(nn.Linear(96, 288), ranks=(32, 16, 16))    # three groups
+    y = layer(x)                                                    # (3*B, L, 96) -> (3*B, L, 288)
+
+Shapes: B batch, G groups, k inputs, d outputs, r rank, N rows of a group.
+References: arXiv 2509.19602, section 3.2; LoRA, arXiv 2106.09685.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LAYERS = {"attn": ("attn.qkv", "attn.proj"),
+          "attn+mlp": ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
+LAYERS["attn+mlp+others"] = LAYERS["attn+mlp"]
+# "others": patch embedding and merging with their norms, every LayerNorm, position-bias tables.
+OTHERS = ("patch_embed.", "downsample.", "norm1.", "norm2.", "relative_position_bias_table")
+
+
+class TGLoRALinear(nn.Module):
+    """`linear` frozen, plus one adapter of rank ranks[g] for each group g.
+
+    Keeps the names `weight` and `bias`, so checkpoints of the wrapped model still fit; everything
+    that is added is named `lora_*`. scale is gamma of eq. 4, constant as in the paper's recipe.
+    """
+
+    def __init__(self, linear: nn.Linear, ranks: Sequence[int], scale: float = 4.0,
+                 dropout: float = 0.05):
+        super().__init__()
+        if not ranks or min(ranks) < 1:
+            raise ValueError(f"TGLoRALinear: every group needs a rank of at least 1, got {ranks}")
+        d, k = linear.weight.shape
+        self.ranks, self.scale, self.merged = tuple(ranks), scale, False
+        self.weight, self.bias = linear.weight, linear.bias
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        new = {"device": self.weight.device, "dtype": self.weight.dtype}
+        self.lora_A = nn.ParameterList(torch.empty(r, k, **new) for r in ranks)
+        self.lora_B = nn.ParameterList(torch.zeros(d, r, **new) for r in ranks)  # starts as W x
+        for A in self.lora_A:
+            nn.init.kaiming_uniform_(A, a=5 ** 0.5)  # as nn.Linear does, and LoRA with it
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (G*B, ..., k), groups one after another -> (G*B, ..., d)."""
+        if len(x) % len(self.ranks):
+            raise ValueError(f"TGLoRALinear: a batch of {len(x)} does not divide into "
+                             f"{len(self.ranks)} groups")
+        if self.merged:
+            groups = zip(x.chunk(len(self.ranks)), self.weight)
+            return torch.cat([F.linear(x_g, W_g, self.bias) for x_g, W_g in groups])
+        y = F.linear(x, self.weight, self.bias)
+        x = self.dropout(x).chunk(len(self.ranks))
+        update = [F.linear(F.linear(x_g, A), B) for x_g, A, B in zip(x, self.lora_A, self.lora_B)]
+        return y + self.scale * torch.cat(update)  # eq. 4
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Fold the adapters into one weight a group, (G, d, k): W_g = W + gamma B_g A_g.
+
+        In float32, once, and never undone: for inference without a word of LoRA.
+        """
+        if self.merged:
+            raise ValueError("TGLoRALinear: already merged")
+        W = self.weight.float()
+        self.weight = nn.Parameter(torch.stack([
+            (W + self.scale * B.float() @ A.float()).to(self.weight.dtype)
+            for A, B in zip(self.lora_A, self.lora_B)]), requires_grad=False)
+        del self.lora_A, self.lora_B
+        self.merged = True
+
+    def extra_repr(self) -> str:
+        d, k = self.weight.shape[-2:]
+        return f"{k} -> {d}, ranks={self.ranks}, scale={self.scale}, merged={self.merged}"
+
+
+def split_rank(rank: int, group_sizes: Sequence[int]) -> tuple[int, ...]:
+    """Share a layer's combined rank between its groups, in proportion to their tasks (4.3).
+
+    The ranks sum to `rank` exactly and none is below 1. Raises ValueError when that cannot be.
+    """
+    if rank < len(group_sizes):
+        raise ValueError(f"rank {rank} is smaller than the number of task groups, "
+                         f"{len(group_sizes)}; every group needs a rank of at least 1")
+    share = [rank * size / sum(group_sizes) for size in group_sizes]
+    ranks = [max(1, int(s)) for s in share]
+    while sum(ranks) != rank:  # by the largest remainder
+        step = 1 if sum(ranks) < rank else -1
+        able = [i for i in range(len(ranks)) if ranks[i] + step >= 1]
+        best = max(able, key=lambda i: step * (share[i] - ranks[i]))
+        ranks[best] += step
+    return tuple(ranks)
+
+
+def add_adapters(module: nn.Module, layers: str, ranks: Sequence[int], scale: float = 4.0,
+                 dropout: float = 0.05) -> None:
+    """Wrap, in place, the linear layers of `module` (a stage) that LAYERS[layers] names."""
+    for path, linear in list(module.named_modules()):
+        if isinstance(linear, nn.Linear) and path.endswith(LAYERS[layers]):
+            parent, _, name = path.rpartition(".")
+            setattr(module.get_submodule(parent), name,
+                    TGLoRALinear(linear, ranks, scale, dropout))
+
+
+def freeze(backbone: nn.Module, layers: str | None) -> None:
+    """Leave trainable the adapters and, with "attn+mlp+others", what OTHERS names; None: nothing.
+    """
+    for name, p in backbone.named_parameters():
+        other = layers == "attn+mlp+others" and any(part in name for part in OTHERS)
+        p.requires_grad_(layers is not None and ("lora_" in name or other))
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Merge every TGLoRALinear of `model`, in place; returns the model."""
+    for module in model.modules():
+        if isinstance(module, TGLoRALinear):
+            module.merge()
+    return model
