@@ -13,13 +13,16 @@ Shapes: B batch, G groups, H W pixels, h w c of a map. A tree is a list of one p
 References: arXiv 2509.19602, section 3 and figure 3.
 """
 
+import hashlib
+from argparse import Namespace
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from decoders import Decoder
 from grouping import Partition, check_tree, parents
-from swin import SwinTransformer
+from swin import SwinTransformer, build_swin, load_weights
 from tglora import add_adapters, freeze, split_rank
 
 
@@ -72,3 +75,40 @@ def ledger(model: nn.Module) -> dict[str, int]:
             count[kind] += p.numel()
     return {**count, "trainable": sum(count.values()),
             "total": sum(p.numel() for p in model.parameters())}
+
+
+def build(config: Namespace, tasks: Sequence, tree: Sequence[Partition]) -> MultiTaskNet:
+    """The network that train.py's flags describe, the same for the same seed."""
+    torch.manual_seed(config.seed)
+    backbone = build_swin(config.backbone, drop_path=config.drop_path)
+    if config.weights != "none":
+        load_weights(backbone, config.weights, config.backbone)
+    model = MultiTaskNet(backbone, tasks, tree)
+    if config.method == "tglora":
+        model.adapt(config.layers, [config.rank] * len(tree), config.dropout)
+    elif config.method == "full":
+        backbone.requires_grad_(True)
+    return model
+
+
+def trained_state(model: MultiTaskNet) -> dict[str, Tensor]:
+    """What training changes: the trained parameters and the decoders' BatchNorm statistics."""
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    return {name: value for name, value in model.state_dict().items() if name not in frozen}
+
+
+def fingerprint(model: MultiTaskNet) -> str:
+    """Hash of the frozen weights: a checkpoint holds the rest and fits no other backbone."""
+    digest = hashlib.sha256()
+    for name, p in sorted(model.named_parameters()):
+        if not p.requires_grad:
+            digest.update(name.encode() + p.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def amp_dtype(choice: str, device: torch.device) -> torch.dtype | None:
+    """The autocast type for --amp: auto is bf16 where the GPU has it, else fp16; none on a CPU."""
+    if choice == "auto":
+        choice = "off" if device.type != "cuda" else (
+            "bf16" if torch.cuda.is_bf16_supported() else "fp16")
+    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[choice]

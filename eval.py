@@ -1,0 +1,299 @@
+"""Evaluate a checkpoint, predict any photo, and count what a configuration costs.
+
+    python eval.py --checkpoint runs/rooms/best.pt                  # the table, on validation data
+    python eval.py --checkpoint runs/nyud/best.pt --native          # at each image's own size
+    python eval.py --checkpoint runs/nyud/best.pt --image photo.jpg # writes photo.predicted.png
+    python eval.py --cost --dataset nyud [flags of train.py] [--json]
+
+Metrics are sums over the whole set, divided once (tasks.py). Costs are those of one image.
+References: arXiv 2509.19602, sections 4.2 and 4.5, table 3.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.utils import make_grid, save_image
+
+from data import DATASETS, ToDevice, collate, in_order, loader, open_dataset, read_image, warp
+from grouping import build_tree
+from model import MultiTaskNet, amp_dtype, build, fingerprint, ledger
+from swin import WindowAttention
+from tasks import make_tasks
+from tglora import TGLoRALinear
+
+
+@torch.no_grad()
+def evaluate(predict, tasks: list, batches: Iterable, size: tuple[int, int] | None) -> dict:
+    """Metrics of `predict(image) -> {task: prediction}` over all batches of collated samples.
+
+    size: (H, W) to resize to; None: each image's own size, for batches of one image.
+    Returns {"results": {task: {metric: value}}, "loss": weighted sum of the tasks' mean losses,
+    each the mean over images with valid pixels, "images": count}.
+    """
+    sums, losses, counts, images = {}, dict.fromkeys((t.name for t in tasks), 0.0), {}, 0
+    for batch in batches:
+        image, labels = warp(batch, size or batch["size"][0].tolist())
+        predictions = predict(image)
+        images += len(image)
+        for task in tasks:
+            pred, label = predictions[task.name].float(), labels[task.name]
+            sums[task.name] = sums.get(task.name, 0) + task.sums(pred, label)
+            for i in range(len(image)):
+                if task.valid(label[i:i + 1]).any():
+                    losses[task.name] += task.loss(pred[i:i + 1], label[i:i + 1]).item()
+                    counts[task.name] = counts.get(task.name, 0) + 1
+    return {"results": {t.name: t.metrics(sums[t.name]) for t in tasks}, "images": images,
+            "loss": sum(t.weight * losses[t.name] / max(1, counts.get(t.name, 0)) for t in tasks)}
+
+
+def best_constants(tasks: list, batches: Iterable, size: tuple[int, int] | None) -> dict:
+    """Per task, the constant prediction (outputs,) that fits these very labels best.
+
+    From at most about 4000 evenly spread valid pixels an image.
+    """
+    pool = {task.name: [] for task in tasks}
+    for batch in batches:
+        _, labels = warp(batch, size or batch["size"][0].tolist())
+        for task in tasks:
+            label = labels[task.name]
+            channels_last = label.movedim(1, -1) if label.ndim == 4 else label
+            values = channels_last[task.valid(label).reshape(label.shape[0], *label.shape[-2:])]
+            pool[task.name].append(values[::max(1, len(values) // (4000 * len(label)))].cpu())
+    return {task.name: task.best_constant(torch.cat(pool[task.name]).squeeze(-1))
+            for task in tasks if any(len(v) for v in pool[task.name])}
+
+
+def reference(tasks: list, batches: Iterable, size: tuple[int, int] | None) -> dict:
+    """{task: {metric: value}} of the best constant prediction: what a result has to beat.
+
+    Fitted to the evaluated labels themselves, so it flatters the constant. Goes through `batches`
+    (re-iterable) twice.
+    """
+    constants = best_constants(tasks, batches, size)
+    missing = [t.name for t in tasks if t.name not in constants]
+    if missing:
+        raise ValueError(f"no valid label of {', '.join(missing)} in the evaluated images")
+
+    def predict(image: Tensor) -> dict[str, Tensor]:
+        return {name: c.to(image.device)[:, None, None].expand(len(image), -1, *image.shape[2:])
+                for name, c in constants.items()}
+
+    return evaluate(predict, tasks, batches, size)["results"]
+
+
+def format_table(tasks: list, results: dict, reference: dict) -> str:
+    """One line a metric: ours, the best constant's; the compared metric of a task is starred."""
+    rows = [f"{'task':<10}{'metric':<12}{'result':>9}{'constant':>10}"]
+    for task in tasks:
+        for metric, value in results[task.name].items():
+            star = (" *up" if task.higher_is_better else " *down") if metric == task.metric else ""
+            rows.append(f"{task.name:<10}{metric:<12}{value:>9.4f}"
+                        f"{reference[task.name][metric]:>10.4f}{star}")
+    return "\n".join(rows)
+
+
+# --- pictures -----------------------------------------------------------------------------------
+def draw(path: Path, rows: list[list[Tensor]]) -> None:
+    """Write a PNG of rows of equally large pictures (3, H, W) in 0..1."""
+    save_image(make_grid([p.cpu().float() for row in rows for p in row], nrow=len(rows[0])), path)
+
+
+@torch.no_grad()
+def draw_samples(path: Path, predict, tasks: list, dataset, size: tuple[int, int],
+                 device: torch.device, count: int = 4) -> None:
+    """Image | truth, prediction of each task | ..., for the first samples of `dataset`."""
+    rows = []
+    for i in range(min(count, len(dataset))):
+        batch = next(iter(ToDevice([collate([dataset[i]])], device)))
+        image, labels = warp(batch, size)
+        predictions = predict(image)
+        photo = F.interpolate(batch["image"].float() / 255, size, mode="bilinear", antialias=True)
+        rows.append([photo[0]])
+        for task in tasks:
+            rows[-1] += [task.colours(labels[task.name][0]), task.colours(predictions[task.name][0])]
+    draw(path, rows)
+
+
+@torch.no_grad()
+def draw_photo(photo: Path, predict, tasks: list, size: tuple[int, int] | None,
+               device: torch.device) -> Path:
+    """The photo and every task's prediction at its own size -> PHOTO.predicted.png beside it."""
+    batch = collate([{"image": torch.from_numpy(read_image(photo)).permute(2, 0, 1)}])
+    own = batch["size"][0].tolist()
+    image, _ = warp(next(iter(ToDevice([batch], device))), size or own)
+    row = [batch["image"][0] / 255]
+    for task in tasks:
+        pred = F.interpolate(predict(image)[task.name].float(), own, mode="bilinear")
+        row.append(task.colours(pred[0]))
+    path = photo.with_suffix(".predicted.png")
+    draw(path, [row])
+    return path
+
+
+# --- checkpoints --------------------------------------------------------------------------------
+def read_checkpoint(path: Path) -> dict:
+    """What train.py saved: only tensors and plain data are read. Raises ValueError."""
+    if not Path(path).is_file():
+        raise ValueError(f"no checkpoint {path}; train.py writes best.pt and last.pt into --out")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state["model"], state["config"], state["tree"]
+    except Exception as error:  # torch.load documents no exception types for a damaged file
+        raise ValueError(f"{path} is not a checkpoint of train.py, or is damaged "
+                         f"({type(error).__name__})") from error
+    return state
+
+
+def load_trained(model: MultiTaskNet, state: dict, path: Path) -> None:
+    """Put a checkpoint's trained weights into `model`, built from the same configuration."""
+    own = fingerprint(model)
+    if state["fingerprint"] != own:
+        raise ValueError(f"{path} was trained on another backbone (fingerprint "
+                         f"{state['fingerprint']}) than --weights {state['config']['weights']} "
+                         f"gives here ({own})")
+    missing, unexpected = model.load_state_dict(state["model"], strict=False)
+    trained = {k for k, p in model.named_parameters() if p.requires_grad}
+    if unexpected or trained & set(missing):
+        raise ValueError(f"{path} does not fit its own configuration: "
+                         f"{len(trained & set(missing))} weights missing, {len(unexpected)} unknown")
+
+
+def predictor(model: nn.Module, amp: torch.dtype | None):
+    """model in evaluation mode, under autocast to `amp` if given, as image -> predictions."""
+    model.eval()
+
+    def predict(image: Tensor) -> dict[str, Tensor]:
+        with torch.autocast(image.device.type, amp) if amp else nullcontext():
+            return model(image)
+    return predict
+
+
+# --- cost ---------------------------------------------------------------------------------------
+@torch.no_grad()
+def count_macs(model: nn.Module, size: tuple[int, int]) -> dict[str, int]:
+    """Multiply-accumulates of one image, counted while it runs through, on the meta device.
+
+    macs_linear_conv: frozen linear layers and convolutions alone, which is (without norms and
+    activations) what table 3 counts; macs_all: every matrix product, with attention and adapters.
+    """
+    macs = {"macs_linear_conv": 0, "macs_all": 0}
+
+    def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        x, extra = inputs[0], 0
+        if isinstance(module, WindowAttention):
+            B, N, L, C = x.shape
+            dense, extra = 0, 2 * B * N * L * L * C  # q k' and its product with v
+        elif isinstance(module, nn.Conv2d):
+            dense = output.numel() * module.weight[0].numel()
+        else:
+            d, k = module.weight.shape[-2:]
+            dense = x.numel() * d
+            if isinstance(module, TGLoRALinear) and not module.merged:
+                rows = x.numel() // k // len(module.ranks)
+                extra = rows * sum(module.ranks) * (k + d)
+        macs["macs_linear_conv"] += dense
+        macs["macs_all"] += dense + extra
+
+    kinds = (nn.Linear, nn.Conv2d, TGLoRALinear, WindowAttention)
+    hooks = [m.register_forward_hook(hook) for m in model.modules() if isinstance(m, kinds)]
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()(torch.zeros(1, 3, *size, device=device))
+    model.train(training)
+    for h in hooks:
+        h.remove()
+    return macs
+
+
+def cost(config: argparse.Namespace) -> dict:
+    """Trained parameters and MACs of the run that train.py would start with `config`."""
+    tasks = make_tasks(config.tasks, DATASETS[config.dataset].classes)
+    # Costs depend on how many groups a stage has, not on which tasks are in them.
+    tree = config.tree or build_tree(np.zeros((len(tasks), len(tasks))), config.groups)
+    config = argparse.Namespace(**{**vars(config), "weights": "none"})
+    with torch.device("meta"):
+        model = build(config, tasks, tree)
+    return {**ledger(model), **count_macs(model, config.size)}
+
+
+def format_cost(costs: dict, size: tuple[int, int]) -> str:
+    rows = [f"trained parameters   {costs['trainable']:>12,}   adapters {costs['adapters']:,}, "
+            f"decoders {costs['decoders']:,}, others {costs['others']:,}",
+            f"all parameters       {costs['total']:>12,}",
+            f"GMACs, one image of {size[0]}x{size[1]}",
+            f"  linear and convolution layers, no adapters (table 3)   "
+            f"{costs['macs_linear_conv'] / 1e9:8.2f}",
+            f"  all matrix products: + attention, + adapters           "
+            f"{costs['macs_all'] / 1e9:8.2f}"]
+    return "\n".join(rows)
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="With --cost, all "
+                                     "other flags are those of train.py (train.py --help).")
+    add = parser.add_argument
+    add("--checkpoint", type=Path, help="best.pt or last.pt of a run")
+    add("--image", type=Path, nargs="+", help="predict these photos instead of evaluating")
+    add("--native", action="store_true", help="at each image's own size, not the training size")
+    add("--data-root", help="where the dataset is now, if not where it was trained")
+    add("--weights", help="where the backbone's weights are now, if not where they were")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
+    add("--json", action="store_true", help="print JSON instead of tables")
+    add("--cost", action="store_true", help="print parameters and MACs of a configuration")
+    args, rest = parser.parse_known_args(argv)
+    if args.cost:
+        from train import parse_arguments as parse_train  # which imports this module
+        args.config = parse_train(rest)
+    elif rest or not args.checkpoint:
+        parser.error(f"unknown arguments: {' '.join(rest)}" if rest else
+                     "give --checkpoint FILE, or --cost and flags of train.py")
+    return args
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.cost:
+        costs = cost(args.config)
+        print(json.dumps(costs) if args.json else format_cost(costs, args.config.size))
+        return
+    state = read_checkpoint(args.checkpoint)
+    config = argparse.Namespace(**state["config"])
+    config.data_root = args.data_root or config.data_root
+    config.weights = args.weights or config.weights
+    device = torch.device(args.device)
+    tasks = make_tasks(config.tasks, DATASETS[config.dataset].classes)
+    model = build(config, tasks, state["tree"])
+    load_trained(model, state, args.checkpoint)
+    predict = predictor(model.to(device), amp_dtype(config.amp, device))
+    size = None if args.native else config.size
+    if args.image:
+        for photo in args.image:
+            print(f"wrote {draw_photo(photo, predict, tasks, size, device)}")
+        return
+    dataset = open_dataset(config, "val")
+    batch_size = 1 if args.native else config.batch_size
+    batches = loader(dataset, in_order(len(dataset), batch_size), config.workers)
+    batches = ToDevice(batches, device)
+    outcome = evaluate(predict, tasks, batches, size)
+    outcome["reference"] = reference(tasks, batches, size)
+    print(json.dumps(outcome) if args.json else
+          f"{outcome['images']} images, loss {outcome['loss']:.4f}\n"
+          + format_table(tasks, outcome["results"], outcome["reference"]))
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        run(parse_arguments(sys.argv[1:] if argv is None else argv))
+    except (ValueError, OSError) as error:  # bad input; anything else is a bug and shows its trace
+        raise SystemExit(f"error: {str(error).strip().splitlines()[-1]}") from error
+
+
+if __name__ == "__main__":
+    main()
