@@ -86,8 +86,8 @@ def render_room(seed: Sequence[int], height: int, width: int, axes: np.ndarray |
     """
     rng = np.random.Generator(np.random.PCG64(list(seed)))
     room = rng.uniform((3.5, 4.0, 2.4), (6.0, 7.0, 3.2))
-    eye = np.array([rng.uniform(0.3, 0.7) * room[0], rng.uniform(0.4, 1.0), rng.uniform(1.2, 1.8)])
-    yaw, pitch = rng.uniform(-0.5, 0.5), rng.uniform(0.05, 0.35)
+    eye = np.array([rng.uniform(0.3, 0.7) * room[0], rng.uniform(0.4, 1.0), rng.uniform(1.4, 1.6)])
+    yaw, pitch = rng.uniform(-0.5, 0.5), rng.uniform(0.15, 0.3)
     forward = rotation(yaw) @ [0, np.cos(pitch), -np.sin(pitch)]
     right = rotation(yaw) @ [1, 0, 0]
     frame = np.stack([right, np.cross(forward, right), forward])  # right, down, forward
@@ -413,10 +413,11 @@ def warp(batch: dict[str, Tensor], size: Sequence[int], flip: Tensor | None = No
     grid = grid * (mirror / zoom[:, None])[:, None, None]  # (B, h, w, 2)
     if centre is not None:
         grid = grid + centre.to(device)[:, None, None]
-    inside = (grid.abs() <= 1).all(-1)  # (B, h, w)
+    inside = grid.abs().amax(-1) <= 1  # (B, h, w)
     pixel = (grid + 1) / 2 * own[:, None, None]  # in the image's own pixels, centres at .5
     pixel = pixel.clamp(min=0.5).minimum(own[:, None, None] - 0.5)  # never blend with padding
     grid = pixel / padded * 2 - 1
+    nearest = (pixel.floor() + 0.5) / padded * 2 - 1  # at centres: no rounding depends on padding
 
     image = F.grid_sample(batch["image"].float() / 255, grid, align_corners=False)
     mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (MEAN, STD))
@@ -425,7 +426,7 @@ def warp(batch: dict[str, Tensor], size: Sequence[int], flip: Tensor | None = No
     for name in batch.keys() - {"image", "size"}:
         label = batch[name].float()
         label = label if label.ndim == 4 else 255 - label[:, None]  # so that 0 is invalid
-        label = F.grid_sample(label, grid, mode="nearest", align_corners=False) * inside[:, None]
+        label = F.grid_sample(label, nearest, mode="nearest", align_corners=False) * inside[:, None]
         if name == "semseg":
             label = (255 - label[:, 0]).long()
         elif name == "depth":

@@ -192,10 +192,10 @@ def count_macs(model: nn.Module, size: tuple[int, int]) -> dict[str, int]:
             B, N, L, C = x.shape
             dense, extra = 0, 2 * B * N * L * L * C  # q k' and its product with v
         elif isinstance(module, nn.Conv2d):
-            dense = output.numel() * module.weight[0].numel()
+            dense = output.numel() * (module.weight[0].numel() + (module.bias is not None))
         else:
             d, k = module.weight.shape[-2:]
-            dense = x.numel() * d
+            dense = x.numel() // k * d * (k + (module.bias is not None))
             if isinstance(module, TGLoRALinear) and not module.merged:
                 rows = x.numel() // k // len(module.ranks)
                 extra = rows * sum(module.ranks) * (k + d)

@@ -18,7 +18,6 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -30,7 +29,9 @@ def gradient_similarity(g: Tensor, g_other: Tensor, normalize: str = "elementwis
         g, g_other = g / scale, g_other / scale
     elif normalize != "none":
         raise ValueError(f"normalize: expected elementwise or none, got {normalize!r}")
-    return F.cosine_similarity(g, g_other, dim=0)
+    dot, square, square_other = ((a * b).sum(dtype=torch.float64)  # millions of small terms
+                                 for a, b in ((g, g_other), (g, g), (g_other, g_other)))
+    return dot / (square * square_other).sqrt().clamp(min=1e-30)
 
 
 def finetune_decoders(model: nn.Module, tasks: list, batches: Iterable, lr: float) -> None:

@@ -16,6 +16,7 @@ References: arXiv 2103.14030; https://github.com/microsoft/Swin-Transformer (nam
 
 import re
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from torchvision.models import get_weight
 from torchvision.ops import StochasticDepth
 
 PRESETS = {
-    "mini": dict(embed_dim=48, depths=(2, 2, 2, 2), num_heads=(2, 4, 8, 16)),  # ours: fits a CPU
+    "mini": dict(embed_dim=32, depths=(2, 2, 2, 2), num_heads=(2, 4, 8, 16)),  # ours: fits a CPU
     "tiny": dict(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),
     "small": dict(embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24)),
     "base": dict(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)),
@@ -36,7 +37,6 @@ OFFICIAL_URL = ("https://github.com/SwinTransformer/storage/releases/download/v1
 TORCHVISION_NAME = {"tiny": "Swin_T_Weights", "small": "Swin_S_Weights", "base": "Swin_B_Weights"}
 
 
-@lru_cache(maxsize=64)
 def relative_position_index(window: int) -> Tensor:
     """Row of the bias table for each (query, key) pair of a window, (L, L) int64."""
     axis = torch.arange(window)
@@ -171,12 +171,13 @@ class PatchEmbed(nn.Module):
 
 
 class Stage(nn.Module):
-    def __init__(self, dim: int, depth: int, num_heads: int, window: int, drop_path: list[float],
-                 merge: bool):
+    """A block for each rate in `drop_path`, every second one shifted, and the merging after it."""
+
+    def __init__(self, dim: int, num_heads: int, window: int, drop_path: list[float], merge: bool):
         super().__init__()
         self.blocks = nn.Sequential(*(
-            SwinBlock(dim, num_heads, window, shifted=i % 2 == 1, drop_path=drop_path[i])
-            for i in range(depth)))
+            SwinBlock(dim, num_heads, window, shifted=i % 2 == 1, drop_path=rate)
+            for i, rate in enumerate(drop_path)))
         self.downsample = PatchMerging(dim) if merge else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -189,13 +190,13 @@ class SwinTransformer(nn.Module):
     def __init__(self, embed_dim: int, depths: tuple[int, ...], num_heads: tuple[int, ...],
                  window: int = 7, drop_path: float = 0.0):
         super().__init__()
-        rates = torch.linspace(0, drop_path, sum(depths)).split(list(depths))  # deeper, likelier
+        rates = iter(drop_path * i / (sum(depths) - 1) for i in range(sum(depths)))  # deeper, more
         last = len(depths) - 1
         self.channels = [embed_dim * 2 ** min(i + 1, last) for i in range(len(depths))]
         self.patch_embed = PatchEmbed(embed_dim)
         self.layers = nn.ModuleList(
-            Stage(embed_dim * 2 ** i, depths[i], num_heads[i], window, rates[i].tolist(), i < last)
-            for i in range(len(depths)))
+            Stage(embed_dim * 2 ** i, num_heads[i], window, list(islice(rates, depth)), i < last)
+            for i, depth in enumerate(depths))
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)

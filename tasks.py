@@ -96,7 +96,7 @@ class Depth:
     def colours(self, x: Tensor) -> Tensor:
         """(1, H, W) in metres -> (3, H, W): near is yellow, 10 m dark blue; invalid is black."""
         t = (x[0] / 10).clamp(0, 1).sqrt()
-        rgb = torch.stack([1.1 - 1.3 * t, 0.95 - 0.9 * t, 0.25 + 0.9 * t * (1 - t)])
+        rgb = torch.stack([1.6 - 2.0 * t, 1.3 - 1.4 * t, 0.15 + 1.2 * t * (1 - t) + 0.25 * t])
         return rgb.clamp(0, 1) * (x[0] > 0)
 
 

@@ -117,10 +117,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return config
 
 
-def check_groups(config: argparse.Namespace, num_tasks: int) -> None:
-    """Fail before any work if the tree or the ranks asked for cannot exist."""
-    for partition in build_tree(np.zeros((num_tasks, num_tasks)), config.groups):
+def forced_tree(config: argparse.Namespace, num_tasks: int) -> list[Partition] | None:
+    """The tree, where --groups leaves no choice: all tasks together or each alone; else None.
+
+    Fails before any work if the groups or the ranks asked for cannot exist.
+    """
+    tree = build_tree(np.zeros((num_tasks, num_tasks)), config.groups)
+    for partition in tree:
         split_rank(config.rank, [len(group) for group in partition])
+    return tree if set(config.groups) <= {1, num_tasks} else None
 
 
 def read_baseline(path: str, tasks: list) -> dict:
@@ -295,9 +300,10 @@ def run(config: argparse.Namespace) -> None:
     device = torch.device(config.device)
     amp = amp_dtype(config.amp, device)
     tasks = make_tasks(config.tasks, DATASETS[config.dataset].classes)
-    tree = read_tree(config.tree, config.tasks) if config.tree else None
+    tree = forced_tree(config, len(tasks))
+    if config.tree:
+        tree = read_tree(config.tree, config.tasks)
     baseline = read_baseline(config.baseline, tasks) if config.baseline else None
-    check_groups(config, len(tasks))
     out, resumed = prepare_out(config)
     train_set, val_set = open_dataset(config, "train"), open_dataset(config, "val")
     val_batches = ToDevice(loader(val_set, in_order(len(val_set), config.batch_size),

@@ -1,0 +1,245 @@
+"""data.py: rooms, both NYUD layouts, archives and downloads, and the warp against rendering."""
+
+import http.server
+import shutil
+import tarfile
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data import (NYUD, Rooms, collate, download, draw_augmentation, epoch_batches, find_nyud,
+                  loader, render_room, unpack, warp)
+
+TASKS = ["semseg", "depth", "normals"]
+
+
+# --- rooms ---
+def test_rooms_are_the_same_everywhere():
+    """Room 3 of the training split, pinned to numbers; splits and indices differ."""
+    room = render_room((0, 0, 3), 24, 32)
+    assert room["image"].shape == (3, 24, 32) and room["image"].dtype == torch.uint8
+    assert room["semseg"].flatten().bincount(minlength=6).tolist() == [150, 0, 454, 0, 0, 164]
+    assert room["depth"].mean().item() == pytest.approx(2.98702, abs=1e-4)
+    assert room["image"].float().mean().item() == pytest.approx(125.179, abs=0.02)
+    train, val = (Rooms(s, TASKS, 4, (24, 32)) for s in ("train", "val"))
+    assert torch.equal(train[3]["image"], room["image"])
+    assert not torch.equal(val[3]["image"], room["image"])
+
+
+def test_depth_and_normals_of_a_room_agree():
+    """Neighbouring points of a surface, placed by depth, lie in the plane of the normal."""
+    H = W = 64
+    for i in range(5):
+        room = render_room((1, 0, i), H, W)
+        f = 0.8 * W
+        y, x = torch.meshgrid(torch.arange(H) + 0.5, torch.arange(W) + 0.5, indexing="ij")
+        ray = torch.stack([(x - W / 2) / f, (y - H / 2) / f, torch.ones(H, W)])
+        points = ray * room["depth"] * torch.tensor([1.0, 1, -1])[:, None, None]  # z to the camera
+        n = room["normals"]
+        torch.testing.assert_close(n.norm(dim=0), torch.ones(H, W))
+        step = points[:, :, 1:] - points[:, :, :-1]
+        flat = (n[:, :, 1:] - n[:, :, :-1]).norm(dim=0) < 1e-6
+        off_plane = (step * n[:, :, 1:]).sum(0).abs()
+        assert (off_plane[flat] < 1e-4).float().mean() > 0.9  # the rest are edges between objects
+        assert ((n * ray * torch.tensor([1.0, 1, -1])[:, None, None]).sum(0) < 1e-6).all()
+
+
+def warped(room, size, **how):
+    image, labels = warp(collate([room]), size, **{k: torch.tensor(v) for k, v in how.items()})
+    return image[0], {k: v[0] for k, v in labels.items()}
+
+
+def test_flip_equals_rendering_the_mirrored_view():
+    """Exactly, pixel for pixel: image, classes, depth and normals."""
+    room = render_room((0, 0, 1), 40, 56)
+    mirror = render_room((0, 0, 1), 40, 56, axes=np.diag([-1.0, 1, 1]))
+    image, labels = warped(room, (40, 56), flip=[True])
+    expected_image, expected = warped(mirror, (40, 56))
+    torch.testing.assert_close(image, expected_image, atol=0.03, rtol=0)
+    for name in TASKS:
+        torch.testing.assert_close(labels[name], expected[name], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1.2, 1.5])
+def test_zoom_equals_rendering_with_a_longer_lens(scale):
+    """The zoomed view with depth / s; nearest sampling may differ along edges only."""
+    room = render_room((0, 0, 2), 96, 96)
+    lens = render_room((0, 0, 2), 96, 96, zoom=scale)
+    _, labels = warped(room, (96, 96), scale=[scale])
+    same = labels["semseg"] == lens["semseg"]
+    assert same.float().mean() > 0.97
+    error = (labels["depth"] - lens["depth"] / scale).abs()[0][same]
+    assert error.median() < 0.01
+    angle = (labels["normals"] * lens["normals"]).sum(0)[same].clamp(-1, 1).acos()
+    assert (angle < 0.05).float().mean() > 0.95
+    torch.testing.assert_close(labels["normals"].norm(dim=0), torch.ones(96, 96))
+
+
+def test_what_is_outside_the_image_is_invalid():
+    """Zoomed out, the border is black, ignored, and has neither depth nor normal."""
+    room = render_room((0, 0, 2), 40, 40)
+    image, labels = warped(room, (40, 40), scale=[0.5])
+    assert (labels["semseg"][:9] == 255).all() and (labels["semseg"][12:28, 12:28] != 255).all()
+    for value in (image, labels["depth"], labels["normals"]):
+        assert (value[:, :9] == 0).all() and (value[:, 12:28, 12:28] != 0).any()
+
+
+def test_images_of_different_sizes_share_a_batch():
+    """Padding never shows: each equals itself warped alone."""
+    rooms = [render_room((0, 0, 1), 40, 56), render_room((0, 0, 2), 64, 32)]
+    image, labels = warp(collate(rooms), (48, 48))
+    for i, room in enumerate(rooms):
+        alone_image, alone = warped(room, (48, 48))
+        torch.testing.assert_close(image[i], alone_image, atol=1e-4, rtol=0)
+        for name in TASKS:
+            torch.testing.assert_close(labels[name][i], alone[name])
+
+
+def test_augmentation_draws_what_it_says():
+    """Scales from the list, about half of the images flipped, and the cut inside the image."""
+    torch.manual_seed(0)
+    drawn = draw_augmentation(400, flip=True, scales=(1.0, 1.5))
+    assert set(drawn["scale"].tolist()) == {1.0, 1.5}
+    assert 120 < drawn["flip"].sum() < 280
+    assert (drawn["centre"].abs().amax(1) + 1 / drawn["scale"] <= 1 + 1e-6).all()
+    assert not draw_augmentation(50, flip=False, scales=(1.0,))["flip"].any()
+
+
+def test_batches_depend_on_seed_and_epoch_alone():
+    """Every image once an epoch, another order the next; workers change nothing."""
+    batches = epoch_batches(10, 3, 2, seed=5)
+    assert len(batches) == 6 and batches == epoch_batches(10, 3, 2, seed=5)
+    first, second = sum(batches[:3], []), sum(batches[3:], [])
+    assert len(set(first)) == 9 and first != second
+    rooms = Rooms("train", TASKS, 10, (16, 16))
+    for a, b in zip(loader(rooms, batches), loader(rooms, batches, workers=2), strict=True):
+        assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+# --- nyud ---
+def test_real_images_of_three_sizes(nyud_archive, tmp_path, monkeypatch):
+    """The archive and the folder give the same samples; encodings are as published."""
+    monkeypatch.chdir(tmp_path)
+    root = find_nyud(nyud_archive)
+    assert find_nyud(root) == find_nyud(root.parent) == root
+    train, val = NYUD(root, "train", TASKS), NYUD(root, "val", TASKS)
+    assert train.ids == ["433", "834", "1407", "basement_0000"] and val.ids == ["464", "972"]
+    sizes = {s["image"].shape[1:] for s in train}
+    assert sizes == {(480, 640), (468, 625), (425, 560)}
+    raw = np.array(Image.open(root / "segmentation/433.png"))
+    sample = train[0]
+    assert (sample["semseg"].numpy()[raw > 0] == raw[raw > 0] - 1).all()
+    assert (sample["semseg"].numpy()[raw == 0] == 255).all() and (raw == 0).any()
+    np.testing.assert_array_equal(sample["depth"][0], np.load(root / "depth/433.npy"))
+    np.testing.assert_allclose(sample["normals"].permute(1, 2, 0),
+                               np.load(root / "normals/433.npy"), atol=1e-5)
+    assert not train[1]["depth"].any() and (train[2]["semseg"] == 255).all()
+
+
+def test_the_png_archive_gives_the_same_samples(nyud_folder):
+    """NYUDv2.tar.gz keeps images and normals as png: read to 8-bit accuracy, gaps kept as gaps."""
+    before = NYUD(nyud_folder, "train", TASKS)[0]
+    for path in nyud_folder.glob("normals/*.npy"):
+        normals = np.load(path)
+        Image.fromarray(((normals + 1) * 127.5).round().astype(np.uint8)).save(
+            path.with_suffix(".png"))
+        path.unlink()
+    for path in nyud_folder.glob("images/*.jpg"):
+        Image.open(path).save(path.with_suffix(".png"))
+        path.unlink()
+    after = NYUD(nyud_folder, "train", TASKS)[0]
+    assert torch.equal(after["image"], before["image"])
+    exists = before["normals"].norm(dim=0) > 0.5
+    assert torch.equal(after["normals"].norm(dim=0) > 0.5, exists)
+    assert (after["normals"] - before["normals"]).abs().max() < 0.02
+
+
+def break_label_shape(root):
+    np.save(root / "depth/433.npy", np.ones((7, 9), np.float32))
+
+
+def truncate_image(root):
+    image = (root / "images/433.jpg").read_bytes()
+    (root / "images/433.jpg").write_bytes(image[:len(image) // 2])
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda root: (root / "depth/433.npy").unlink(), "no file depth/433.npy"),
+    (lambda root: shutil.rmtree(root / "gt_sets"), "gt_sets/train.txt"),
+    (truncate_image, "cannot read image .*433.jpg: .*truncated"),
+    (break_label_shape, r"depth/433.npy has shape \(7, 9, 1\), expected \(480, 640, 1\)"),
+    (lambda root: (root / "normals/433.npy").write_bytes(b"\x93NUMPY"), "cannot read .*433.npy"),
+    (lambda root: Image.new("L", (640, 480), 41).save(root / "segmentation/433.png"),
+     "433.png holds class 41"),
+])
+def test_damaged_files_are_named(nyud_folder, damage, message):
+    damage(nyud_folder)
+    with pytest.raises(ValueError, match=message):
+        NYUD(nyud_folder, "train", TASKS)[0]
+
+
+def test_nothing_there_says_where_to_get_it(tmp_path):
+    with pytest.raises(ValueError, match="nowhere does not exist.*NYUD_MT.tgz.*https://github.com"):
+        find_nyud(tmp_path / "nowhere")
+
+
+# --- archives and downloads ---
+def make_archive(path, name):
+    """A tar with a good split file and one member called `name`."""
+    source = path.parent / "source.txt"
+    source.write_text("1\n")
+    with tarfile.open(path, "w:gz") as tar:
+        tar.add(source, "NYUD_MT/gt_sets/train.txt")
+        tar.add(source, name)
+    return path
+
+
+@pytest.mark.parametrize("name", ["../outside.txt", "/tmp/tglora_outside.txt/../../x", None])
+def test_bad_archives_leave_nothing_behind(tmp_path, name):
+    """A path that escapes, or half an archive: an error, and no folder that looks complete."""
+    path = make_archive(tmp_path / "NYUD_MT.tgz", name or "NYUD_MT/fine.txt")
+    if name is None:
+        path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ValueError, match="cannot unpack .*NYUD_MT.tgz"):
+        unpack(path, tmp_path / "into")
+    assert not any((tmp_path / "into").iterdir()) and not (tmp_path / "outside.txt").exists()
+
+
+class Ranges(http.server.BaseHTTPRequestHandler):
+    """Serves `content`; the first request breaks off half way, later ones continue."""
+
+    content, ranges = bytes(range(256)) * 4000, []
+
+    def do_GET(self):
+        asked = self.headers.get("Range")
+        self.ranges.append(asked)
+        start = int(asked[6:-1]) if asked else 0
+        if self.path == "/missing":
+            return self.send_error(404)
+        self.send_response(206 if asked else 200)
+        self.send_header("Content-Length", str(len(self.content) - start))
+        self.end_headers()
+        end = len(self.content) if asked else len(self.content) // 2
+        self.wfile.write(self.content[start:end])
+
+    def log_message(self, *args):
+        pass
+
+
+def test_an_interrupted_download_continues(tmp_path):
+    """The half that came is kept, the second try asks for the rest only."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Ranges) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        with pytest.raises(ValueError, match="run again to continue"):
+            download(url + "/file", tmp_path / "file")
+        assert not (tmp_path / "file").exists()
+        download(url + "/file", tmp_path / "file")
+        with pytest.raises(ValueError, match="404"):
+            download(url + "/missing", tmp_path / "other")
+        server.shutdown()
+    assert (tmp_path / "file").read_bytes() == Ranges.content
+    assert Ranges.ranges[1] == f"bytes={len(Ranges.content) // 2}-"
