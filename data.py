@@ -12,8 +12,8 @@ on disk. Data: README, Data.
 """
 
 import shutil
+import sys
 import tarfile
-import time
 import urllib.error
 import urllib.request
 import zlib
@@ -267,10 +267,10 @@ def find_nyud(source: Path, download_it: bool = False) -> Path:
     for name in NYUD_ARCHIVES:
         if (source / name).is_file():
             return find_nyud(unpack(source / name))
-    state = "holds neither" if source.is_dir() else "does not exist; expected"
-    raise ValueError(f"NYUD: {source} {state} a folder with gt_sets/ nor {' or '.join(NYUD_ARCHIVES)}"
-                     f"; name the folder or the archive with --data-root, or add --download. "
-                     f"Where to get them: {NYUD_DOCUMENTED}")
+    state = "holds neither gt_sets/ nor an archive" if source.is_dir() else "does not exist"
+    raise ValueError(f"NYUD: {source} {state}; give the dataset's folder or archive "
+                     f"({' or '.join(NYUD_ARCHIVES)}) as --data-root, or add --download. Where to "
+                     f"get it: {NYUD_DOCUMENTED}")
 
 
 def unpack(archive: Path, into: Path = Path("data")) -> Path:
@@ -313,14 +313,10 @@ def download(url: str, path: Path) -> None:
             start = start if reply.status == 206 else 0  # 200: the server cannot continue
             total = start + int(reply.headers.get("Content-Length", 0))
             with open(part, "ab" if start else "wb") as file:
-                shown = 0.0
                 while block := reply.read(1 << 20):
                     file.write(block)
-                    if time.monotonic() - shown > 0.5:
-                        shown = time.monotonic()
-                        print(f"\r{path.name}: {file.tell() / 1e6:.0f} of {total / 1e6:.0f} MB",
-                              end="", flush=True)
-        print()
+                    progress(f"{path.name}: {file.tell() / 1e6:.0f} of {total / 1e6:.0f} MB",
+                             file.tell() >= total)
         if part.stat().st_size < total:
             raise ValueError("the connection ended early")
     except (urllib.error.URLError, OSError, ValueError) as error:
@@ -328,6 +324,14 @@ def download(url: str, path: Path) -> None:
         raise ValueError(f"download of {url} failed: {error}{kept}. Other sources: "
                          f"{NYUD_DOCUMENTED}") from error
     part.rename(path)
+
+
+def progress(text: str, last: bool) -> None:
+    """One line that is overwritten on a terminal; elsewhere only the last state is printed."""
+    if sys.stdout.isatty():
+        print(f"\r{text} ", end="\n" if last else "", flush=True)
+    elif last:
+        print(text, flush=True)
 
 
 # --- batches ------------------------------------------------------------------------------------
@@ -338,9 +342,7 @@ class InMemory(Dataset):
         self.classes, self.ids, self.samples = dataset.classes, dataset.ids, []
         for i in range(len(dataset)):
             self.samples.append(dataset[i])
-            if i % 50 == 49 or i == len(dataset) - 1:
-                print(f"\rkeeping samples in memory: {i + 1} of {len(dataset)}", end="", flush=True)
-        print()
+            progress(f"in memory: {i + 1} of {len(dataset)} samples", i == len(dataset) - 1)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -389,7 +391,8 @@ def draw_augmentation(B: int, flip: bool, scales: Sequence[float]) -> dict[str, 
     scale = torch.tensor(scales)[torch.randint(len(scales), (B,))]
     flipped = (torch.rand(B) < 0.5) & flip
     place = torch.rand(B, 2) * 2 - 1
-    return {"flip": flipped, "scale": scale, "centre": place * (1 - 1 / scale.clamp(min=1))[:, None]}
+    centre = place * (1 - 1 / scale.clamp(min=1))[:, None]
+    return {"flip": flipped, "scale": scale, "centre": centre}
 
 
 def warp(batch: dict[str, Tensor], size: Sequence[int], flip: Tensor | None = None,

@@ -118,7 +118,7 @@ def draw_samples(path: Path, predict, tasks: list, dataset, size: tuple[int, int
         photo = F.interpolate(batch["image"].float() / 255, size, mode="bilinear", antialias=True)
         rows.append([photo[0]])
         for task in tasks:
-            rows[-1] += [task.colours(labels[task.name][0]), task.colours(predictions[task.name][0])]
+            rows[-1] += [task.colours(x[task.name][0]) for x in (labels, predictions)]
     draw(path, rows)
 
 
@@ -162,8 +162,8 @@ def load_trained(model: MultiTaskNet, state: dict, path: Path) -> None:
     missing, unexpected = model.load_state_dict(state["model"], strict=False)
     trained = {k for k, p in model.named_parameters() if p.requires_grad}
     if unexpected or trained & set(missing):
-        raise ValueError(f"{path} does not fit its own configuration: "
-                         f"{len(trained & set(missing))} weights missing, {len(unexpected)} unknown")
+        raise ValueError(f"{path} does not fit its own configuration: {len(trained & set(missing))}"
+                         f" weights missing, {len(unexpected)} unknown")
 
 
 def predictor(model: nn.Module, amp: torch.dtype | None):
@@ -243,6 +243,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--checkpoint", type=Path, help="best.pt or last.pt of a run")
     add("--image", type=Path, nargs="+", help="predict these photos instead of evaluating")
     add("--native", action="store_true", help="at each image's own size, not the training size")
+    add("--export-backbone", type=Path, help="write the backbone (fp16, official names) and stop; "
+        "for runs of --method full")
     add("--data-root", help="where the dataset is now, if not where it was trained")
     add("--weights", help="where the backbone's weights are now, if not where they were")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
@@ -271,6 +273,10 @@ def run(args: argparse.Namespace) -> None:
     tasks = make_tasks(config.tasks, DATASETS[config.dataset].classes)
     model = build(config, tasks, state["tree"])
     load_trained(model, state, args.checkpoint)
+    if args.export_backbone:
+        torch.save({k: v.half() for k, v in model.backbone.state_dict().items()},
+                   args.export_backbone)
+        return
     predict = predictor(model.to(device), amp_dtype(config.amp, device))
     size = None if args.native else config.size
     if args.image:

@@ -90,8 +90,8 @@ def merge_groups(partition: Partition, sim: np.ndarray, num_groups: int) -> Part
         raise ValueError(f"{len(partition)} groups cannot be merged into {num_groups}")
     partition = list(partition)
     while len(partition) > num_groups:
-        candidates = (sorted([g for g in partition if g not in pair] + [tuple(sorted(sum(pair, ())))])
-                      for pair in combinations(partition, 2))
+        candidates = (sorted([g for g in partition if g not in (a, b)] + [tuple(sorted(a + b))])
+                      for a, b in combinations(partition, 2))
         partition = max(candidates, key=lambda p: score(p, sim))  # max keeps the first of equals
     return partition
 
@@ -103,8 +103,9 @@ def build_tree(sim: np.ndarray, groups_per_stage: Sequence[int]) -> list[Partiti
     """
     sim, groups = np.asarray(sim, dtype=float), list(groups_per_stage)
     if groups != sorted(groups) or groups[0] < 1 or groups[-1] > len(sim):
-        raise ValueError(f"groups {','.join(map(str, groups))} do not fit {len(sim)} tasks: expected"
-                         f" one number a stage, never decreasing, from 1 to at most {len(sim)}")
+        raise ValueError(f"groups {','.join(map(str, groups))} do not fit {len(sim)} tasks: "
+                         "expected one number a stage, never decreasing, from 1 to at most "
+                         f"{len(sim)}")
     tree = [best_partition(sim, groups[-1])]
     for n in reversed(groups[:-1]):
         tree.insert(0, merge_groups(tree[0], sim, n))
@@ -115,7 +116,8 @@ def check_tree(tree: Sequence[Partition], num_tasks: int) -> None:
     """Raise ValueError unless every stage covers all tasks once and lies inside the one before."""
     for i, partition in enumerate(tree, 1):
         if sorted(t for group in partition for t in group) != list(range(num_tasks)):
-            raise ValueError(f"tree: stage {i} must hold each of the {num_tasks} tasks exactly once")
+            raise ValueError(f"tree: stage {i} must hold each of the {num_tasks} tasks exactly "
+                             "once")
         if i > 1:
             parents(tree[i - 2], partition)
 

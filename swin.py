@@ -171,7 +171,7 @@ class PatchEmbed(nn.Module):
 
 
 class Stage(nn.Module):
-    """A block for each rate in `drop_path`, every second one shifted, and the merging after it."""
+    """One block for each rate in `drop_path`, every second one shifted, then the merging."""
 
     def __init__(self, dim: int, num_heads: int, window: int, drop_path: list[float], merge: bool):
         super().__init__()
@@ -249,18 +249,22 @@ def official_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_weights(source: str, name: str) -> dict[str, Tensor]:
-    """Weights of preset `name` from "imagenet", "torchvision" (both cached) or a file's path."""
+    """Weights of preset `name` from "imagenet", "torchvision" (both cached) or a file.
+
+    A relative path is looked for in the current folder, then beside this file.
+    """
     if source == "imagenet":
         return torch.hub.load_state_dict_from_url(
             OFFICIAL_URL.format(name=name), map_location="cpu", weights_only=True)
     if source == "torchvision":
         return get_weight(f"{TORCHVISION_NAME[name]}.IMAGENET1K_V1").get_state_dict(
             check_hash=True, map_location="cpu", weights_only=True)
-    if not Path(source).is_file():
+    path = next((p for p in (Path(source), Path(__file__).with_name(source)) if p.is_file()), None)
+    if path is None:
         raise ValueError(f"weights: no file {source}; expected imagenet, torchvision, or the path "
                          "of a Swin checkpoint")
     try:
-        return torch.load(source, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load documents no exception types for a damaged file
         raise ValueError(f"weights: {source} is not a readable PyTorch checkpoint "
                          f"({type(error).__name__})") from error

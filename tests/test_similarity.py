@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from grouping import build_tree
 from model import MultiTaskNet
@@ -18,7 +19,7 @@ def example(seed, without=()):
     g = torch.Generator().manual_seed(seed)
     labels = {"semseg": torch.randint(4, (1, 28, 28), generator=g),
               "depth": torch.rand(1, 1, 28, 28, generator=g) + 1,
-              "normals": torch.nn.functional.normalize(torch.randn(1, 3, 28, 28, generator=g), dim=1)}
+              "normals": F.normalize(torch.randn(1, 3, 28, 28, generator=g), dim=1)}
     for name in without:
         labels[name] = torch.full_like(labels[name], 255 if name == "semseg" else 0)
     return torch.randn(1, 3, 28, 28, generator=g), labels
@@ -70,7 +71,7 @@ def test_normalisation_is_elementwise_and_not_by_norm():
 
 
 def test_the_same_seed_gives_the_same_matrix():
-    """Decoders' training included; drop path is off while they train and when gradients are taken."""
+    """Decoders' training included; drop path is off all the while."""
     tasks, found = make_tasks(NAMES, 4), []
     for _ in range(2):
         model = network(tasks)

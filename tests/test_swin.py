@@ -104,7 +104,8 @@ def test_three_layouts_load_to_the_same_model(theirs, official, tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda s: s.pop("layers.2.blocks.3.attn.qkv.bias"), "1 missing: layers.2.blocks.3.attn.qkv.bias"),
+    (lambda s: s.pop("layers.2.blocks.3.attn.qkv.bias"),
+     "1 missing: layers.2.blocks.3.attn.qkv.bias"),
     (lambda s: s.update(surplus=torch.ones(1)), "1 unexpected: surplus"),
     (lambda s: s.update({"patch_embed.norm.weight": torch.ones(7)}),
      r"1 misshapen: patch_embed.norm.weight \(7,\), expected \(96,\)"),

@@ -59,7 +59,7 @@ def test_metrics_equal_their_definitions():
 
 
 def test_losses_look_at_valid_pixels_only():
-    """Equal to the mean over valid pixels; garbage under invalid ones changes nothing; 0 if none."""
+    """Equal to the mean over valid pixels; 0, and no gradient, when there are none."""
     preds, labels, valid = random_labels(1)
     semseg, depth, normals = make_tasks(["semseg", "depth", "normals"], classes=4)
     log_p = preds["semseg"].log_softmax(1).movedim(1, -1)[valid]
