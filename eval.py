@@ -2,7 +2,7 @@
 
     python eval.py --checkpoint runs/rooms/best.pt                  # the table, on validation data
     python eval.py --checkpoint runs/nyud/best.pt --native          # at each image's own size
-    python eval.py --checkpoint runs/nyud/best.pt --image photo.jpg # writes photo.predicted.png
+    python eval.py --checkpoint runs/nyud/best.pt --image photo.jpg # draws photo.predicted.png
     python eval.py --cost --dataset nyud [flags of train.py] [--json]
 
 Metrics are sums over the whole set, divided once (tasks.py). Costs are those of one image.
@@ -123,9 +123,9 @@ def draw_samples(path: Path, predict, tasks: list, dataset, size: tuple[int, int
 
 
 @torch.no_grad()
-def draw_photo(photo: Path, predict, tasks: list, size: tuple[int, int] | None,
-               device: torch.device) -> Path:
-    """The photo and every task's prediction at its own size -> PHOTO.predicted.png beside it."""
+def draw_photo(photo: Path, path: Path, predict, tasks: list, size: tuple[int, int] | None,
+               device: torch.device) -> None:
+    """Write the photo and every task's prediction, side by side at the photo's size, to path."""
     batch = collate([{"image": torch.from_numpy(read_image(photo)).permute(2, 0, 1)}])
     own = batch["size"][0].tolist()
     image, _ = warp(next(iter(ToDevice([batch], device))), size or own)
@@ -133,9 +133,7 @@ def draw_photo(photo: Path, predict, tasks: list, size: tuple[int, int] | None,
     for task in tasks:
         pred = F.interpolate(predict(image)[task.name].float(), own, mode="bilinear")
         row.append(task.colours(pred[0]))
-    path = photo.with_suffix(".predicted.png")
     draw(path, [row])
-    return path
 
 
 # --- checkpoints --------------------------------------------------------------------------------
@@ -281,7 +279,9 @@ def run(args: argparse.Namespace) -> None:
     size = None if args.native else config.size
     if args.image:
         for photo in args.image:
-            print(f"wrote {draw_photo(photo, predict, tasks, size, device)}")
+            path = args.checkpoint.with_name(photo.stem + ".predicted.png")
+            draw_photo(photo, path, predict, tasks, size, device)
+            print(f"wrote {path}")
         return
     dataset = open_dataset(config, "val")
     batch_size = 1 if args.native else config.batch_size

@@ -259,7 +259,8 @@ def read_weights(source: str, name: str) -> dict[str, Tensor]:
     if source == "torchvision":
         return get_weight(f"{TORCHVISION_NAME[name]}.IMAGENET1K_V1").get_state_dict(
             check_hash=True, map_location="cpu", weights_only=True)
-    path = next((p for p in (Path(source), Path(__file__).with_name(source)) if p.is_file()), None)
+    places = (Path(source), Path(__file__).parent / source)
+    path = next((p for p in places if p.is_file()), None)
     if path is None:
         raise ValueError(f"weights: no file {source}; expected imagenet, torchvision, or the path "
                          "of a Swin checkpoint")

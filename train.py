@@ -37,15 +37,14 @@ RECIPES = {
     "rooms": dict(  # ours: a demonstration on two CPU cores; the backbone is README, rooms
         tasks="semseg,depth,normals", size="112", backbone="mini", weights="rooms_mini.pth",
         groups="1,1,2,3", rank=24, layers="attn+mlp", epochs=5, batch_size=8, lr=2e-3, dropout=0.0,
-        drop_path=0.0, eval_every=1, sim_images=32, head_epochs=4, cache=True, workers=0),
+        drop_path=0.0, eval_every=1, sim_images=32, head_epochs=4, cache=True, workers=0,
+        flip=True, scales="1"),
     "nyud": dict(  # the paper's sections 4 and 7; the similarity's subset is ours
         tasks="semseg,normals,depth", size="448", backbone="tiny", weights="imagenet",
         groups="1,1,2,3", rank=63, layers="attn+mlp", epochs=300, batch_size=6, lr=1e-4,
         dropout=0.05, drop_path=0.2, eval_every=20, sim_images=200, head_epochs=10, cache=False,
-        workers=4),
+        workers=min(4, os.cpu_count()), flip=True, scales="1,1.2,1.5"),
 }
-AUGMENTATION = {"rooms": dict(flip=True, scales=(1.0,)),
-                "nyud": dict(flip=True, scales=(1.0, 1.2, 1.5))}
 
 
 # --- the recipe -----------------------------------------------------------------------------------
@@ -56,6 +55,10 @@ def size_pair(text: str) -> tuple[int, int]:
 
 def integers(text: str) -> tuple[int, ...]:
     return tuple(int(n) for n in text.split(","))
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(n) for n in text.split(","))
 
 
 def names(text: str) -> list[str]:
@@ -90,6 +93,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--head-lr", type=float, default=1e-3, help="similarity: their learning rate")
     add("--normalize", choices=("elementwise", "none"), default="elementwise",
         help="similarity: of eq. 2")
+    add("--flip", action=switch, help="augmentation: mirror half of the images")
+    add("--scales", type=numbers, help="augmentation: zoom by one of these")
     add("--epochs", type=int, help="passes over the training images")
     add("--batch-size", type=int, help="images a step")
     add("--accumulate", type=int, default=1, help="parts that a batch is computed in, for memory")
@@ -341,7 +346,7 @@ def run(config: argparse.Namespace) -> None:
     for batch in ToDevice(loader(train_set, batches[step:], config.workers), device):
         torch.manual_seed(config.seed * 1_000_003 + step)  # augmentation, dropout and drop path
         image, labels = warp(batch, config.size,
-                             **draw_augmentation(images, **AUGMENTATION[config.dataset]))
+                             **draw_augmentation(images, config.flip, config.scales))
         rate = learning_rate(step, len(batches), config.lr, config.warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate

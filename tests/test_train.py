@@ -1,0 +1,257 @@
+"""train.py and eval.py as a user runs them, small; and what they say to bad input."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import eval
+import train
+
+# Two epochs of a small network on a few rooms: seconds.
+SMALL = ["--train-rooms", "8", "--val-rooms", "4", "--size", "56", "--rank", "6", "--epochs", "2",
+         "--batch-size", "4", "--sim-images", "4", "--head-epochs", "1", "--dropout", "0.1",
+         "--device", "cpu", "--log-every", "1"]
+
+
+def run(*flags):
+    train.main([*SMALL, *map(str, flags)])
+
+
+def refused(*flags, by=train):
+    """The one-line error of a command that must fail."""
+    with pytest.raises(SystemExit) as stop:
+        by.main([*map(str, flags)] if by is eval else [*SMALL, *map(str, flags)])
+    assert isinstance(stop.value.code, str) and stop.value.code.startswith("error: ")
+    assert "\n" not in stop.value.code
+    return stop.value.code
+
+
+@pytest.fixture(scope="module")
+def rooms_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("rooms") / "run"
+    run("--out", out)
+    return out
+
+
+def test_a_run_leaves_what_the_readme_says(rooms_run):
+    """metrics.json, tree.json, one JSON line a step and an evaluation, pictures, checkpoints."""
+    metrics = json.loads((rooms_run / "metrics.json").read_text())
+    for key in ("results", "reference"):
+        assert set(metrics[key]) == {"semseg", "depth", "normals"}
+        assert 0 < metrics[key]["depth"]["rmse"] < 10
+    assert metrics["trainable"] == metrics["adapters"] + metrics["decoders"] + metrics["others"]
+    assert [len(stage) for stage in metrics["tree"]] == [1, 1, 2, 3]
+    tree = json.loads((rooms_run / "tree.json").read_text())
+    assert tree["tree"] == metrics["tree"] and np.array(tree["similarity"]).shape == (3, 3)
+    lines = [json.loads(line) for line in (rooms_run / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line and "lr" in line] == [1, 2, 3, 4]
+    assert [line["epoch"] for line in lines if "results" in line] == [1, 2]
+    assert (rooms_run / "predictions.png").stat().st_size > 1000
+    best = torch.load(rooms_run / "best.pt", weights_only=True)
+    names = [k for k in best["model"] if k.startswith("backbone.")]
+    assert names and all("lora_" in k for k in names)  # the frozen backbone stays in its own file
+
+
+def test_evaluation_of_a_checkpoint_repeats_the_runs_numbers(rooms_run, capsys):
+    """eval.py prints the results of metrics.json again; --native works on the same data."""
+    capsys.readouterr()
+    eval.main(["--checkpoint", str(rooms_run / "best.pt"), "--json", "--device", "cpu"])
+    again = json.loads(capsys.readouterr().out.splitlines()[-1])
+    metrics = json.loads((rooms_run / "metrics.json").read_text())
+    for task, values in metrics["results"].items():
+        assert again["results"][task] == pytest.approx(values, rel=1e-6)
+        assert again["reference"][task] == pytest.approx(metrics["reference"][task], rel=1e-6)
+    eval.main(["--checkpoint", str(rooms_run / "best.pt"), "--native", "--device", "cpu"])
+    assert "4 images" in capsys.readouterr().out
+
+
+def test_a_saved_tree_replaces_the_similarity_and_gives_the_same_run(rooms_run, tmp_path, capsys):
+    """--tree FILE: nothing is computed, and the training is bit for bit the same."""
+    run("--out", tmp_path / "again", "--tree", rooms_run / "tree.json")
+    assert "similarity" not in capsys.readouterr().out
+    first, again = (torch.load(p / "best.pt", weights_only=True)["model"]
+                    for p in (rooms_run, tmp_path / "again"))
+    assert all(torch.equal(first[k], again[k]) for k in first)
+
+
+def test_a_resumed_run_ends_as_an_uninterrupted_one(rooms_run, tmp_path, monkeypatch):
+    """Stopped after its first epoch and continued: the same weights and the same log."""
+    out, save = tmp_path / "run", train.save
+
+    def save_and_stop(path, state):
+        save(path, state)
+        if path.name == "last.pt":
+            raise KeyboardInterrupt
+    monkeypatch.setattr(train, "save", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        run("--out", out)
+    with open(out / "log.jsonl", "a") as log:
+        log.write('{"step": 3, "lost": true}\n')  # a step that came after the checkpoint
+    monkeypatch.setattr(train, "save", save)
+    run("--out", out, "--resume")
+    first, again = (torch.load(p / "last.pt", weights_only=True) for p in (rooms_run, out))
+    assert all(torch.equal(first["model"][k], again["model"][k]) for k in first["model"])
+    assert (rooms_run / "log.jsonl").read_text() == (out / "log.jsonl").read_text()
+
+
+def test_accumulated_parts_give_the_gradient_of_the_whole_batch(tmp_path):
+    """Without BatchNorm's coupling a batch in two parts takes the same step as in one."""
+    torch.manual_seed(0)
+    tasks = train.make_tasks(["depth"], 6)
+    image, labels = torch.randn(4, 1, 8, 8), {"depth": torch.rand(4, 1, 8, 8) + 1}
+    after = []
+    for parts in (1, 2):
+        torch.manual_seed(1)
+        net = torch.nn.Conv2d(1, 1, 3, padding=1)
+
+        class Model(torch.nn.Module):
+            def forward(self, x):
+                return {"depth": net(x)}
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        losses = train.train_step(Model(), tasks, optimizer, scaler, image, labels, parts, 5.0, None)
+        after.append((losses, net.weight.detach()))
+    torch.testing.assert_close(after[0], after[1])
+
+
+def test_schedule_and_decay():
+    """Warm-up to the peak, cosine to zero; norms, biases and bias tables do not decay."""
+    rates = [train.learning_rate(s, 300, 1.0, 20 / 300) for s in range(300)]
+    assert max(rates) == pytest.approx(1) and rates.index(max(rates)) == 20
+    assert rates[0] < 0.1 and rates[-1] < 1e-3 and rates[160] == pytest.approx(0.5)
+    config = train.parse_arguments(["--layers", "attn+mlp+others"])
+    tasks = train.make_tasks(config.tasks, 6)
+    model = train.build(config, tasks, train.build_tree(np.zeros((3, 3)), config.groups))
+    decayed, plain = (g["params"] for g in train.make_optimizer(model, 1.0, 0.05).param_groups)
+    ids = {id(p): n for n, p in model.named_parameters()}
+    assert all("norm" in ids[id(p)] or "bias" in ids[id(p)] or p.ndim == 1 for p in plain)
+    assert all(p.ndim > 1 and "bias_table" not in ids[id(p)] for p in decayed)
+    assert len(plain) + len(decayed) == sum(p.requires_grad for p in model.parameters())
+
+
+def test_best_is_by_delta_m_where_a_baseline_is_given(rooms_run, tmp_path, capsys):
+    """Against its own metrics a run ends at the delta-m that eq. 7 gives."""
+    run("--out", tmp_path / "run", "--baseline", rooms_run / "metrics.json")
+    assert "delta-m +0.00 %" in capsys.readouterr().out
+
+
+def test_a_backbone_can_be_exported_and_used(tmp_path):
+    """--method full trains it, --export-backbone writes it, --weights loads it."""
+    run("--method", "full", "--tasks", "semseg", "--groups", "1,1,1,1", "--out", tmp_path / "full")
+    eval.main(["--checkpoint", str(tmp_path / "full/best.pt"),
+               "--export-backbone", str(tmp_path / "backbone.pth")])
+    run("--weights", tmp_path / "backbone.pth", "--out", tmp_path / "run")
+    message = refused("--out", tmp_path / "run", "--resume", "--weights", "none")
+    assert "backbone.pth, not none" in message
+
+
+def test_real_images_train_evaluate_and_predict(nyud_archive, tmp_path, monkeypatch, capsys):
+    """NYUD-v2 from the archive: Swin-Tiny, labels missing in places, loss falls, photo predicted."""
+    monkeypatch.chdir(tmp_path)
+    train.main(["--dataset", "nyud", "--data-root", str(nyud_archive), "--weights", "none",
+                "--epochs", "2", "--batch-size", "1", "--size", "224", "--head-epochs", "1",
+                "--device", "cpu", "--log-every", "1"])
+    lines = [json.loads(line) for line in open("runs/nyud/log.jsonl")]
+    weighted = [sum({"semseg": 1, "depth": 1, "normals": 10}[k] * v for k, v in x["loss"].items())
+                for x in lines if "lr" in x]
+    assert len(weighted) == 8 and sum(weighted[4:]) < sum(weighted[:4])
+    metrics = json.loads(open("runs/nyud/metrics.json").read())
+    assert metrics["images"] == 2 and metrics["trainable"] == 5_932_916
+    photo = next(tmp_path.glob("data/*/NYUD_MT/images/464.jpg"))
+    eval.main(["--checkpoint", "runs/nyud/best.pt", "--image", str(photo), "--device", "cpu"])
+    from PIL import Image
+    assert Image.open("runs/nyud/464.predicted.png").size == (4 * 640 + 5 * 2, 480 + 2 * 2)
+
+
+@pytest.mark.slow
+def test_two_images_are_learned_by_heart(nyud_folder, tmp_path):
+    """Overfitting: depth rmse under 0.35 m and semseg accuracy over 0.85 on two real images."""
+    for split in ("train", "val"):
+        (nyud_folder / f"gt_sets/{split}.txt").write_text("433\n464\n")
+    train.main(["--dataset", "nyud", "--data-root", str(nyud_folder), "--weights", "none",
+                "--size", "224", "--batch-size", "2", "--epochs", "150", "--lr", "2e-3",
+                "--drop-path", "0", "--dropout", "0", "--no-flip", "--scales", "1", "--cache",
+                "--workers", "0", "--eval-every", "50", "--out", str(tmp_path / "run")])
+    results = json.loads((tmp_path / "run/metrics.json").read_text())["results"]
+    assert results["depth"]["rmse"] < 0.35 and results["semseg"]["accuracy"] > 0.85
+
+
+# --- bad input ---
+def write_tree(path, stages):
+    path.write_text(json.dumps({"tree": stages}))
+    return path
+
+
+ALL = ["semseg", "depth", "normals"]
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--tasks", "semseg,dept"], "unknown task 'dept'"),
+    (["--groups", "1,1,2,4"], "groups 1,1,2,4 do not fit 3 tasks"),
+    (["--groups", "1,2,1,3"], "never decreasing"),
+    (["--rank", "2"], "rank 2 is smaller than the number of task groups, 3"),
+    (["--backbone", "huge"], "unknown backbone 'huge'"),
+    (["--weights", "nowhere.pth"], "no file nowhere.pth"),
+    (["--tree", "nowhere.json"], "cannot read nowhere.json"),
+    (["--baseline", "nowhere.json"], "nowhere.json"),
+    (["--dataset", "nyud", "--data-root", "nowhere"], "NYUD: nowhere does not exist"),
+])
+def test_bad_flags_are_one_line_errors(tmp_path, flags, message):
+    assert message in refused(*flags, "--out", tmp_path / "run")
+    assert not (tmp_path / "run/last.pt").exists()
+
+
+@pytest.mark.parametrize("stages, message", [
+    ([[ALL], [["semseg", "depth"], ["normals"]], [["semseg", "normals"], ["depth"]],
+      [[t] for t in ALL]], "not nested"),
+    ([[ALL], [ALL], [["semseg"], ["depth"]], [[t] for t in ALL]], "each of the 3 tasks exactly once"),
+    ([[ALL], [ALL], [["semseg", "depth"], ["edges"]], [[t] for t in ALL]], "edges"),
+    ([[ALL], [ALL]], "2 stages, but the backbone has 4"),
+    ("semseg", "with the tasks semseg, depth, normals"),
+])
+def test_bad_trees_are_refused(tmp_path, stages, message):
+    """Not nested, a task missing or unknown, too few stages, not a tree at all."""
+    path = write_tree(tmp_path / "tree.json", stages)
+    assert message in refused("--tree", path, "--out", tmp_path / "run")
+
+
+def test_a_run_is_never_overwritten(rooms_run):
+    before = (rooms_run / "last.pt").read_bytes()
+    assert "already holds a run" in refused("--out", rooms_run)
+    assert (rooms_run / "last.pt").read_bytes() == before
+
+
+def test_resuming_with_another_configuration_is_refused(rooms_run):
+    before = (rooms_run / "last.pt").read_bytes()
+    message = refused("--out", rooms_run, "--resume", "--rank", "12")
+    assert "--rank 6, not 12" in message
+    assert (rooms_run / "last.pt").read_bytes() == before
+
+
+def test_bad_checkpoints_are_refused(rooms_run, tmp_path):
+    """Missing, cut short, not ours, from another backbone, with a weight missing."""
+    assert "no checkpoint" in refused("--checkpoint", tmp_path / "none.pt", by=eval)
+    good = rooms_run / "best.pt"
+    bad = tmp_path / "bad.pt"
+    bad.write_bytes(good.read_bytes()[:5000])
+    assert "is damaged" in refused("--checkpoint", bad, by=eval)
+    torch.save({"weights": 1}, bad)
+    assert "not a checkpoint of train.py" in refused("--checkpoint", bad, by=eval)
+    assert "another backbone" in refused("--checkpoint", good, "--weights", "none", by=eval)
+    state = torch.load(good, weights_only=True)
+    state["model"].pop(next(iter(state["model"])))
+    torch.save(state, bad)
+    assert "1 weights missing" in refused("--checkpoint", bad, by=eval)
+    shutil.copy(bad, tmp_path / "last.pt")
+    assert "1 weights missing" in refused("--resume", "--out", tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_task(tmp_path, monkeypatch):
+    loss = train.make_tasks(["depth"], 6)[0].__class__.loss
+    monkeypatch.setattr("tasks.Depth.loss", lambda *a: loss(*a) * float("nan"))
+    message = refused("--out", tmp_path / "run", "--groups", "1,1,1,1")
+    assert "the loss of depth is not finite between steps 0 and 1" in message
+    assert not (tmp_path / "run/last.pt").exists()
