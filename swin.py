@@ -253,12 +253,18 @@ def read_weights(source: str, name: str) -> dict[str, Tensor]:
 
     A relative path is looked for in the current folder, then beside this file.
     """
-    if source == "imagenet":
-        return torch.hub.load_state_dict_from_url(
-            OFFICIAL_URL.format(name=name), map_location="cpu", weights_only=True)
-    if source == "torchvision":
-        return get_weight(f"{TORCHVISION_NAME[name]}.IMAGENET1K_V1").get_state_dict(
-            check_hash=True, map_location="cpu", weights_only=True)
+    how = dict(map_location="cpu", weights_only=True)
+    try:
+        if source == "imagenet":
+            return torch.hub.load_state_dict_from_url(OFFICIAL_URL.format(name=name), **how)
+        if source == "torchvision":
+            weights = get_weight(f"{TORCHVISION_NAME[name]}.IMAGENET1K_V1")
+            return weights.get_state_dict(check_hash=True, **how)
+    except KeyError:
+        raise ValueError(f"weights: {source} has none for backbone {name}") from None
+    except (OSError, RuntimeError) as error:  # no connection, or a wrong checksum
+        raise ValueError(f"weights: cannot download {source}'s for {name}: {error}; fetch the file "
+                         "by hand and give its path (README, Data)") from error
     places = (Path(source), Path(__file__).parent / source)
     path = next((p for p in places if p.is_file()), None)
     if path is None:
@@ -277,7 +283,7 @@ def load_weights(swin: SwinTransformer, source: str, name: str = "tiny") -> dict
     source: "imagenet" (Microsoft's ImageNet-1k file), "torchvision" (IMAGENET1K_V1), or a path to
     a file in the official, torchvision or timm layout; name: the preset, for a download.
     Returns {"source", "matched", "total"} and prints it. Raises ValueError that lists every
-    missing, unexpected or misshapen weight; OSError when a download fails.
+    missing, unexpected or misshapen weight, or says what could not be fetched or read.
     """
     state = read_weights(source, name)
     state = state.get("model", state.get("state_dict", state)) if isinstance(state, dict) else {}

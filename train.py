@@ -15,6 +15,7 @@ import json
 import math
 import os
 import resource
+import sys
 import time
 from pathlib import Path
 
@@ -22,10 +23,26 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data import (DATASETS, ToDevice, draw_augmentation, epoch_batches, in_order, loader,
-                  open_dataset, progress, warp)
-from eval import (draw_samples, evaluate, format_table, load_trained, predictor, read_checkpoint,
-                  reference)
+from data import (
+    DATASETS,
+    ToDevice,
+    draw_augmentation,
+    epoch_batches,
+    in_order,
+    loader,
+    open_dataset,
+    progress,
+    warp,
+)
+from eval import (
+    draw_samples,
+    evaluate,
+    format_table,
+    load_trained,
+    predictor,
+    read_checkpoint,
+    reference,
+)
 from grouping import Partition, build_tree, check_tree, format_tree
 from model import MultiTaskNet, amp_dtype, build, fingerprint, ledger, trained_state
 from similarity import finetune_decoders, format_similarity, task_similarity
@@ -265,7 +282,8 @@ def memory_gib(device: torch.device) -> float:
     """Peak memory so far: allocated on the GPU, or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
+    return peak / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
 
 
 def prepare_out(config: argparse.Namespace) -> tuple[Path, dict | None]:
@@ -286,7 +304,6 @@ def prepare_out(config: argparse.Namespace) -> tuple[Path, dict | None]:
     if last.exists() or (out / "log.jsonl").exists():
         raise ValueError(f"{out} already holds a run: continue it with --resume, or choose another "
                          "--out")
-    out.mkdir(parents=True, exist_ok=True)
     return out, None
 
 
@@ -314,6 +331,7 @@ def run(config: argparse.Namespace) -> None:
     train_set, val_set = open_dataset(config, "train"), open_dataset(config, "val")
     val_batches = ToDevice(loader(val_set, in_order(len(val_set), config.batch_size),
                                   config.workers), device)
+    out.mkdir(parents=True, exist_ok=True)
 
     # Decoders, similarity, tree.
     if resumed:

@@ -10,8 +10,19 @@ import pytest
 import torch
 from PIL import Image
 
-from data import (NYUD, Rooms, collate, download, draw_augmentation, epoch_batches, find_nyud,
-                  loader, render_room, unpack, warp)
+from data import (
+    NYUD,
+    Rooms,
+    collate,
+    download,
+    draw_augmentation,
+    epoch_batches,
+    find_nyud,
+    loader,
+    unpack,
+    warp,
+)
+from rooms import render_room
 
 TASKS = ["semseg", "depth", "normals"]
 

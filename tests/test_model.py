@@ -31,7 +31,7 @@ def test_the_tree_equals_one_network_a_task():
     """Each task alone, with the adapters of its path through the tree, predicts the same."""
     model, x = network(), torch.randn(2, 3, 56, 84)
     together = model(x)
-    for t, task in enumerate(TASKS):
+    for task in TASKS:
         alone = network([[(0,)]] * 4, [task], rank=1)
         for s, stage in enumerate(alone.backbone.layers):
             group = model.group_of[task.name][s]

@@ -17,7 +17,7 @@ def theirs():
     torch.manual_seed(0)
     model = torchvision.models.swin_t(weights=None).eval()
     with torch.no_grad():
-        for name, p in model.named_parameters():
+        for p in model.parameters():
             if p.ndim > 1:
                 p.normal_(0, 0.05)
     return model
@@ -139,6 +139,8 @@ def test_imagenet_is_downloaded_once_and_cached(official, tmp_path, monkeypatch)
         server.shutdown()
     model = build_swin()
     load_weights(model, "imagenet")
+    with pytest.raises(ValueError, match="cannot download imagenet's for small"):
+        load_weights(build_swin("small"), "imagenet", "small")
     assert torch.equal(model.patch_embed.norm.weight, official["patch_embed.norm.weight"])
 
 

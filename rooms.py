@@ -1,0 +1,125 @@
+"""Rendered rooms: a small ray caster, whose images come with exact labels for any seed and size.
+
+A room with boxes, spheres and cylinders, textured and lit by one lamp, seen by a camera at eye
+height. It needs no download and no label noise, so the whole method can be run, taught and tested
+on it; room (seed, split, i) is the same on every machine.
+
+    sample = render_room((0, 0, 7), 112, 112)   # image, semseg, depth, normals
+
+World: x, y on the floor, z up, metres. A ray is o + t * d; every shape answers with t (P,) of its
+nearest hit (inf where it is missed) and the outward normals there (P, 3), for P pixels.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ROOM_CLASSES = ("floor", "ceiling", "wall", "box", "sphere", "cylinder")
+
+
+def hit_slabs(o: np.ndarray, d: np.ndarray, low: np.ndarray, high: np.ndarray, inside: bool):
+    """An axis-aligned box, seen from outside, or from inside: the room itself."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t0, t1 = (low - o) / d, (high - o) / d
+    near, far = np.minimum(t0, t1), np.maximum(t0, t1)  # (P, 3)
+    axis = far.argmin(1) if inside else near.argmax(1)
+    rows = np.arange(len(d))
+    t = (far if inside else near)[rows, axis]
+    n = np.zeros_like(d)
+    n[rows, axis] = -np.sign(d[rows, axis])
+    missed = (t <= 0) if inside else (near.max(1) > far.min(1)) | (near.max(1) <= 0)
+    return np.where(missed, np.inf, t), n
+
+
+def hit_sphere(o: np.ndarray, d: np.ndarray, radius: float):
+    """A sphere around the origin; the same quadratic in x and y alone is an endless cylinder."""
+    a, b, c = (d * d).sum(1), (d * o).sum(1), (o * o).sum() - radius ** 2
+    root = b * b - a * c
+    t = (-b - np.sqrt(np.maximum(root, 0))) / a
+    t = np.where((root > 0) & (t > 0), t, np.inf)
+    return t, (o + np.where(np.isfinite(t), t, 0)[:, None] * d) / radius
+
+
+def hit_cylinder(o: np.ndarray, d: np.ndarray, radius: float, height: float):
+    """A cylinder standing on z = 0, with its lid."""
+    flat = np.array([1.0, 1.0, 0.0])
+    t, n = hit_sphere(o * flat, d * flat + 1e-12, radius)
+    z = o[2] + np.where(np.isfinite(t), t, 0) * d[:, 2]
+    t = np.where((z < 0) | (z > height), np.inf, t)
+    t_lid = (height - o[2]) / np.where(d[:, 2] == 0, 1e-12, d[:, 2])
+    on_lid = (t_lid > 0) & (((o + t_lid[:, None] * d)[:, :2] ** 2).sum(1) < radius ** 2)
+    lid = on_lid & (t_lid < t)
+    return np.where(lid, t_lid, t), np.where(lid[:, None], np.array([0.0, 0.0, 1.0]), n * flat)
+
+
+def rotation(angle: float) -> np.ndarray:
+    """Matrix that turns x toward y by `angle` radians."""
+    c, s = np.cos(angle), np.sin(angle)
+    return np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
+
+
+def render_room(seed: Sequence[int], height: int, width: int, axes: np.ndarray | None = None,
+                zoom: float = 1.0) -> dict[str, Tensor]:
+    """A furnished room seen by a camera: the image and its exact labels, as one sample.
+
+    seed: integers; the same ones give the same room at any size. axes (3, 3): the picture's right,
+    down and forward in the camera's own, to turn or mirror the view; zoom: of the focal length.
+    """
+    rng = np.random.Generator(np.random.PCG64(list(seed)))
+    room = rng.uniform((3.5, 4.0, 2.4), (6.0, 7.0, 3.2))
+    eye = np.array([rng.uniform(0.3, 0.7) * room[0], rng.uniform(0.4, 1.0), rng.uniform(1.4, 1.6)])
+    yaw, pitch = rng.uniform(-0.5, 0.5), rng.uniform(0.15, 0.3)
+    forward = rotation(yaw) @ [0, np.cos(pitch), -np.sin(pitch)]
+    right = rotation(yaw) @ [1, 0, 0]
+    frame = np.stack([right, np.cross(forward, right), forward])  # right, down, forward
+    if axes is not None:
+        frame = axes @ frame
+    focal = 0.8 * max(height, width) * zoom
+    y, x = np.meshgrid(np.arange(height) + 0.5, np.arange(width) + 0.5, indexing="ij")
+    picture = np.stack([(x - width / 2) / focal, (y - height / 2) / focal, np.ones_like(x)], -1)
+    d = picture.reshape(-1, 3) @ frame  # (P, 3); one metre forward each, so t is the depth
+
+    t, n = hit_slabs(eye, d, np.zeros(3), room, inside=True)
+    label = np.where(n[:, 2] > 0.5, 0, np.where(n[:, 2] < -0.5, 1, 2))  # floor, ceiling, wall
+    surface = label.copy()  # which texture
+    for i in range(int(rng.integers(3, 8))):
+        kind = int(rng.integers(3))
+        turn = rotation(rng.uniform(0, np.pi))  # to the object's own axes
+        size = rng.uniform((0.3, 0.3, 0.3), (1.2, 0.9, 1.5))
+        at = np.array([rng.uniform(0.1, 0.9) * room[0], rng.uniform(0.35, 0.95) * room[1], 0.0])
+        o, own = turn @ (eye - at), d @ turn.T
+        if kind == 0:
+            half = np.array([size[0] / 2, size[1] / 2, 0])
+            t_i, n_i = hit_slabs(o, own, -half, half + [0, 0, size[2]], inside=False)
+        elif kind == 1:
+            t_i, n_i = hit_sphere(o - [0, 0, size[0] / 2], own, size[0] / 2)
+        else:
+            t_i, n_i = hit_cylinder(o, own, size[1] / 2, size[2])
+        front = t_i < t
+        t, n = np.where(front, t_i, t), np.where(front[:, None], n_i @ turn, n)
+        label, surface = np.where(front, 3 + kind, label), np.where(front, 3 + i, surface)
+
+    # Solid textures: a product of two waves through space, soft or as a checker, on a base colour.
+    n_surfaces = int(surface.max()) + 1
+    base, tint = rng.uniform(0.25, 0.9, (n_surfaces, 3)), rng.uniform(-0.35, 0.35, (n_surfaces, 3))
+    waves = rng.normal(0, 1, (2, n_surfaces, 3)) * rng.uniform(2, 12, (1, n_surfaces, 1))
+    hard = rng.random(n_surfaces) < 0.4
+    point = eye + t[:, None] * d
+    wave = np.prod([np.sin((point * k[surface]).sum(1)) for k in waves], axis=0)
+    wave = np.where(hard[surface], np.sign(wave), wave)
+    lamp = room * rng.uniform((0.3, 0.2, 0.8), (0.7, 0.6, 0.95))
+    to_lamp = lamp - point
+    distance = np.linalg.norm(to_lamp, axis=1)
+    lambert = np.maximum(0, (n * to_lamp).sum(1) / distance) / (1 + 0.08 * distance ** 2)
+    colour = (base[surface] + wave[:, None] * tint[surface]) * (0.35 + 0.9 * lambert)[:, None]
+
+    def as_map(a: np.ndarray, dtype: type) -> Tensor:
+        a = a.reshape(height, width, -1).transpose(2, 0, 1)
+        return torch.from_numpy(np.ascontiguousarray(a, dtype=dtype))
+
+    return {"image": as_map(colour.clip(0, 1) * 255, np.uint8),
+            "semseg": as_map(label, np.uint8)[0],
+            "depth": as_map(t, np.float32),
+            "normals": as_map(n @ frame.T * [1, 1, -1], np.float32)}

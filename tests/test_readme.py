@@ -1,0 +1,56 @@
+"""The README's claims: its commands run, its numbers are what the code prints."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import eval
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_first_command_trains_and_really_learns(tmp_path):
+    """`python train.py` on rooms it never saw: far better than any constant, in every task."""
+    done = subprocess.run([sys.executable, ROOT / "train.py", "--out", tmp_path / "run"],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    result, constant = metrics["results"], metrics["reference"]
+    assert result["depth"]["rmse"] <= 0.6 * constant["depth"]["rmse"]
+    assert result["normals"]["mean"] <= 0.6 * constant["normals"]["mean"]
+    assert result["semseg"]["mIoU"] >= max(0.35, 3 * constant["semseg"]["mIoU"])
+    shown = re.search(r"trained parameters: .*", README)[0]
+    assert shown in done.stdout
+
+
+@pytest.mark.parametrize("snippet", re.findall(r"```python\n(.*?)```", README, re.S))
+def test_snippets_run(snippet):
+    exec(compile(snippet, "README.md", "exec"), {})
+
+
+def test_the_cost_shown_is_the_cost_printed(capsys):
+    eval.main(["--cost", "--dataset", "nyud"])
+    assert capsys.readouterr().out in README
+
+
+def test_the_list_of_files_is_complete_and_its_sizes_are_right():
+    """Every module is in the reading order, with its length to the nearest ten lines."""
+    listed = dict(re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", README, re.M))
+    assert set(listed) == {path.name for path in ROOT.glob("*.py")}
+    for name, lines in listed.items():
+        assert abs(len((ROOT / name).read_text().splitlines()) - int(lines)) <= 10, name
+
+
+def test_bad_input_exits_with_one_line_and_an_error_code():
+    """As a shell sees it: nothing but the error, and a status that is not 0."""
+    done = subprocess.run([sys.executable, ROOT / "train.py", "--dataset", "nyud", "--data-root",
+                           "nowhere"], capture_output=True, text=True, cwd=ROOT / "tests")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: NYUD: nowhere does not exist")
+    assert done.stderr.count("\n") == 1
+    assert not (ROOT / "tests/runs").exists()
