@@ -109,6 +109,14 @@ def test_images_of_different_sizes_share_a_batch():
             torch.testing.assert_close(labels[name][i], alone[name])
 
 
+def test_borders_do_not_fade_into_padding():
+    """Enlarged, a white image stays white to its last pixel, alone and in a padded batch."""
+    white = {"image": torch.full((3, 20, 20), 255, dtype=torch.uint8)}
+    for batch in ([white], [white, {"image": torch.zeros(3, 30, 40, dtype=torch.uint8)}]):
+        image, _ = warp(collate(batch), (64, 64))
+        assert (image[0].amax((1, 2)) - image[0].amin((1, 2))).max() < 1e-5
+
+
 def test_augmentation_draws_what_it_says():
     """Scales from the list, about half of the images flipped, and the cut inside the image."""
     torch.manual_seed(0)
