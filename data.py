@@ -1,24 +1,17 @@
-"""Datasets (rooms, nyud) and the one augmentation warp.
+"""Datasets (rooms, nyud, pascal), batches, and the one augmentation warp.
 
-A sample is a dict of tensors at the image's own size: image (3, H, W) uint8 and the labels
-that the tasks ask for: semseg (H, W) uint8 with 255 = ignore, depth (1, H, W) float32 metres with
-0 = invalid, normals (3, H, W) float32 (x right, y down, z to the camera) with 0, 0, 0 = invalid.
-`collate` pads a batch to its largest image; `warp` then cuts, on the training device and with one
-grid, the image (bilinear) and all labels (nearest) to the training size, augmented or not.
-
-rooms is rendered on the fly (rooms.py) and needs no files. nyud reads NYUD-v2 in
-either published archive, `NYUD_MT.tgz` (jpg, npy) or `NYUDv2.tar.gz` (png), told apart by what is
-on disk. Data: README, Data.
+A sample is a dict of tensors at the image's own size: image (3, H, W) uint8 and the labels that the
+tasks ask for: semseg, human_parts and sal (H, W) uint8 with 255 = ignore, depth (1, H, W) float32
+metres with 0 = invalid, normals (3, H, W) float32 (x right, y down, z to the camera) with 0, 0, 0
+= invalid. `collate` pads a batch to its largest image; `warp` then cuts, on the training device
+and with one grid, the image (bilinear) and all labels (nearest) to the training size, augmented or
+not. Rendering is in rooms.py, archives and file formats are in files.py. Data: README, Data.
 """
 
-import shutil
-import sys
-import tarfile
-import urllib.error
-import urllib.request
+import os
 import zlib
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,201 +21,203 @@ from PIL import Image  # comes with torchvision
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+import files
+from files import find_dataset, progress, read_array, read_ids, read_image, read_mat
 from rooms import ROOM_CLASSES, render_room
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as the backbone expects
+CLASSES = {"rooms": len(ROOM_CLASSES), "nyud": 40, "pascal": 21}  # of semseg
 
-# --- rooms ----------------------------------------------------------------------------------------
+
 class Rooms(Dataset):
     """`length` rendered rooms; room i of a split and seed is the same on every machine."""
-
-    classes = len(ROOM_CLASSES)
 
     def __init__(self, split: str, tasks: Sequence[str], length: int, size: Sequence[int],
                  seed: int = 0):
         self.key, self.size, self.tasks = (seed, split == "val"), tuple(size), list(tasks)
-        self.ids = [f"{split}{i:05d}" for i in range(length)]
+        self.length = length
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return self.length
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         sample = render_room((*self.key, i), *self.size)
         return {k: sample[k] for k in ("image", *self.tasks)}
 
 
-# --- nyud: files --------------------------------------------------------------------------------
-# Public copies move and die: one table, tried only on request, named in the error otherwise.
-NYUD_URL = "https://data.vision.ee.ethz.ch/kmaninis/share/MTL/NYUD_MT.tgz"
-NYUD_DOCUMENTED = ("NYUD_MT.tgz: https://github.com/facebookresearch/astmt; NYUDv2.tar.gz: "
-                   "https://github.com/prismformore/Multi-Task-Transformer")
-NYUD_ARCHIVES = ("NYUD_MT.tgz", "NYUDv2.tar.gz")
+# --- labels on disk -------------------------------------------------------------------------------
+def read_nyud_classes(path: Path) -> np.ndarray:
+    """0 is void, 1..40 the classes -> 255, 0..39."""
+    value = read_image(path, None)
+    if value.max() > CLASSES["nyud"]:
+        raise ValueError(f"{path} holds class {value.max()}, expected 0 (void) to 40")
+    return value.astype(np.uint8) - 1  # 0 wraps round to 255
 
 
-def read_image(path: Path, mode: str | None = "RGB") -> np.ndarray:
-    """Image file -> (H, W, 3) uint8, or with mode None as stored (palette indices stay indices)."""
+def read_voc_classes(path: Path) -> np.ndarray:
+    """0 is background, 1..20 the objects, 255 ignored."""
+    value = read_image(path, None)
+    if ((value >= CLASSES["pascal"]) & (value != 255)).any():
+        raise ValueError(f"{path} holds class {value[value != 255].max()}, expected 0 to 20 or 255")
+    return value
+
+
+def read_saliency(path: Path) -> np.ndarray:
+    return (read_image(path, "L") > 127).astype(np.uint8)
+
+
+def read_depth(path: Path) -> np.ndarray:
+    """Metres; not a number and not positive become 0, invalid."""
+    value = read_array(path)
+    value = value[..., None] if value.ndim == 2 else value
+    return np.where(np.isfinite(value) & (value > 0), value, 0)
+
+
+def read_normals(path: Path) -> np.ndarray:
+    """Unit vectors from .npy, or from .png as 2v/255 - 1, where grey and black are no normals."""
+    png = path.suffix == ".png"
+    value = read_image(path).astype(np.float32) * (2 / 255) - 1 if png else read_array(path)
+    length = np.linalg.norm(value, axis=-1, keepdims=True)
+    return np.where((length > 0.5) & (length < 1.5), value / np.maximum(length, 1e-6), 0)
+
+
+def read_pascal_normals(path: Path, context: Path) -> np.ndarray:
+    """Distilled normals, valid on the classes that their teacher, trained on NYU, knows."""
+    value, known = read_normals(path), read_image(parsed(context, known_to_nyu), None)
+    if known.shape != value.shape[:2]:
+        raise ValueError(f"{context} has shape {known.shape}, expected {value.shape[:2]} as {path}")
+    return value * known[..., None]
+
+
+def read_parts(path: Path) -> np.ndarray | None:
+    """0 is background, 1..6 the parts; None where nobody is to be seen."""
+    parts = read_image(parsed(path, human_parts), None)
+    return parts if parts.any() else None
+
+
+# PASCAL-Part's names of a person's parts, as six.
+PARTS = {name: i for i, names in enumerate((
+    "head hair lear rear leye reye lebrow rebrow mouth nose", "torso neck", "luarm ruarm",
+    "llarm rlarm lhand rhand", "luleg ruleg", "llleg rlleg lfoot rfoot"), 1)
+    for name in names.split()}
+# PASCAL-Context's classes that NYU has too.
+NYU_CLASSES = [int(n) for n in """
+    3 4 6 9 10 11 13 15 17 18 22 23 29 30 33 34 36 37 38 39 41 43 46 49 50 51 53 55 56 59 61 62 65
+    66 68 69 72 73 78 83 84 85 87 88 95 96 101 104 105 107 111 113 115 122 124 135 141 142 143 146
+    150 154 157 158 159 165 172 174 181 183 184 191 193 195 197 199 202 213 215 216 219 220 223 225
+    228 230 232 233 238 239 242 243 246 250 251 252 255 260 261 263 269 272 273 275 281 283 284 285
+    286 287 288 290 291 292 293 295 304 307 309 310 314 315 319 323 329 330 331 336 342 345 349 350
+    351 352 355 357 368 370 371 374 379 380 383 384 397 401 403 405 407 408 411 412 413 414 417 419
+    421 423 427 429 430 432 440 441 442 443 444 446 454 457""".split()]
+
+
+def human_parts(path: Path) -> np.ndarray:
+    """PASCAL-Part's .mat -> (H, W) uint8, 0 and 1..6; (1, 1) zero where nobody has parts."""
+    def listed(value) -> list:  # simplified, MATLAB's array of one struct is the struct
+        return [value] if isinstance(value, dict) else list(value)
+
+    target = np.zeros((1, 1), np.uint8)
     try:
-        with Image.open(path) as image:
-            return np.array(image.convert(mode) if mode else image)
-    except FileNotFoundError:
-        raise ValueError(f"no image file {path}") from None
-    except Exception as error:  # Pillow raises whatever the broken file led to
-        raise ValueError(f"cannot read image {path}: {error}") from error
+        for thing in listed(read_mat(path, "anno")["objects"]):
+            for part in listed(thing["parts"]) if thing["class"] == "person" else ():
+                name, mask = part["part_name"], part["mask"] > 0
+                if name not in PARTS:
+                    raise ValueError(f"{path}: unknown part {name!r} of a person; expected one of "
+                                     f"{', '.join(PARTS)}")
+                if target.shape == (1, 1):
+                    target = np.zeros(mask.shape, np.uint8)
+                if mask.shape != target.shape:
+                    raise ValueError(f"{path}: the mask of {name} has shape {mask.shape}, others "
+                                     f"{target.shape}")
+                target[mask] = PARTS[name]
+    except (KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"{path} is not an annotation of PASCAL-Part: {error!r}") from error
+    return target
 
 
-class NYUD(Dataset):
-    """NYU Depth v2 for multi-task learning: `images segmentation depth normals gt_sets`.
+def known_to_nyu(path: Path) -> np.ndarray:
+    """PASCAL-Context's .mat -> (H, W) uint8, 1 on the classes in NYU_CLASSES."""
+    return np.isin(read_mat(path, "LabelMap"), NYU_CLASSES).astype(np.uint8)
 
-    root: the folder that holds these. Every file of the split must exist; a size that differs from
-    the image's is an error. On disk semseg 0 is void and 1..40 are the classes.
+
+def parsed(path: Path, make: Callable[[Path], np.ndarray]) -> Path:
+    """make(path) as a small png, computed once, outside the dataset."""
+    key = zlib.crc32(str(path.parent.resolve()).encode())
+    kept = files.CACHE / f"{make.__name__}-{key:08x}" / f"{path.stem}.png"
+    if not kept.is_file() or kept.stat().st_mtime < path.stat().st_mtime:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        temporary = kept.with_suffix(f".{os.getpid()}.tmp")
+        Image.fromarray(make(path)).save(temporary, "png")
+        os.replace(temporary, kept)
+    return kept
+
+
+# --- files of nyud and pascal ---------------------------------------------------------------------
+# For each kind of file its reader, and the path or the alternatives of each of the reader's
+# arguments. Both published versions of an archive are here: they share names, not contents.
+LAYOUTS = {
+    "nyud": dict(splits="gt_sets", files={
+        "image": (read_image, ("images/{}.jpg", "images/{}.png")),
+        "semseg": (read_nyud_classes, ("segmentation/{}.png",)),
+        "depth": (read_depth, ("depth/{}.npy",)),
+        "normals": (read_normals, ("normals/{}.npy", "normals/{}.png"))}),
+    "pascal": dict(splits="ImageSets/Context", files={
+        "image": (read_image, ("JPEGImages/{}.jpg",)),
+        "semseg": (read_voc_classes, ("semseg/VOC12/{}.png", "semseg/pascal-context/{}.png")),
+        "human_parts": (read_parts, ("human_parts/{}.mat",)),
+        "sal": (read_saliency, ("sal_distill/{}.png",)),
+        "normals": (read_pascal_normals, ("normals_distill/{}.png",),
+                    ("pascal-context/trainval/{}.mat",))}),
+}
+
+
+class Files(Dataset):
+    """NYUD-v2 or PASCAL-Context from the folder `root`, as LAYOUTS[name] describes it.
+
+    Every file of the split must exist, and a label must have its image's size (ValueError).
     """
 
-    classes = 40
-    folders = {"image": "images", "semseg": "segmentation", "depth": "depth", "normals": "normals"}
+    def __init__(self, name: str, root: Path, split: str, tasks: Sequence[str]):
+        self.name, self.root, layout = name, Path(root), LAYOUTS[name]
+        unknown = [task for task in tasks if task not in layout["files"]]
+        if unknown:
+            raise ValueError(f"{name} has no labels for {', '.join(unknown)}; it has "
+                             f"{', '.join(k for k in layout['files'] if k != 'image')}")
+        self.ids = read_ids(self.root / layout["splits"] / f"{split}.txt")
+        self.readers = {kind: layout["files"][kind] for kind in ("image", *tasks)}
+        self.paths = [{kind: [self.find(alternatives, id) for alternatives in places]
+                       for kind, (_, *places) in self.readers.items()} for id in self.ids]
+        mats = [p for paths in self.paths for p in sum(paths.values(), []) if p.suffix == ".mat"]
+        for i, path in enumerate(mats, 1):  # these are slow: now and once
+            parsed(path, human_parts if path.parent.name == "human_parts" else known_to_nyu)
+            progress(f"{name} {split}: {i} of {len(mats)} MATLAB files", i == len(mats))
 
-    def __init__(self, root: Path, split: str, tasks: Sequence[str]):
-        self.root = Path(root)
-        listing = self.root / "gt_sets" / f"{split}.txt"
-        if not listing.is_file():
-            raise ValueError(f"NYUD: no file gt_sets/{split}.txt under {self.root}; expected the "
-                             "layout of NYUD_MT.tgz or NYUDv2.tar.gz (README, Data)")
-        self.ids = listing.read_text().split()
-        self.files = [{k: self.find(k, id) for k in ("image", *tasks)} for id in self.ids]
-        if not self.ids:
-            raise ValueError(f"NYUD: {listing} lists no image")
-
-    def find(self, kind: str, id: str) -> Path:
-        names = {"image": (".jpg", ".png"), "semseg": (".png",), "depth": (".npy",),
-                 "normals": (".npy", ".png")}[kind]
-        paths = [self.root / self.folders[kind] / (id + ext) for ext in names]
-        for path in paths:
-            if path.is_file():
+    def find(self, alternatives: Sequence[str], id: str) -> Path:
+        for pattern in alternatives:
+            if (path := self.root / pattern.format(id)).is_file():
                 return path
-        raise ValueError(f"NYUD: no file {self.folders[kind]}/{id}{' or '.join(names)} under "
-                         f"{self.root}; expected the layout of NYUD_MT.tgz (README, Data)")
+        raise ValueError(f"{self.name}: no file {' or '.join(alternatives).format(id, id)} under "
+                         f"{self.root}; expected the layout of "
+                         f"{files.SOURCES[self.name]['archives'][0]} (README, Data)")
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
-        sample = {kind: self.read(kind, path) for kind, path in self.files[i].items()}
-        for kind, value in sample.items():
-            channels = {"image": 3, "semseg": 1, "depth": 1, "normals": 3}[kind]
-            expected = (*sample["image"].shape[:2], channels)
-            if value.shape != expected:
-                raise ValueError(f"NYUD: {self.files[i][kind]} has shape {value.shape}, expected "
-                                 f"{expected} as its image has")
-        sample = {k: torch.from_numpy(v).permute(2, 0, 1).contiguous() for k, v in sample.items()}
-        if "semseg" in sample:
-            sample["semseg"] = sample["semseg"][0]
+        sample = {}
+        for kind, (read, *_) in self.readers.items():
+            value = read(*self.paths[i][kind])
+            if kind == "image":
+                size = value.shape[:2]
+            shape = size + {"image": (3,), "normals": (3,), "depth": (1,)}.get(kind, ())
+            if value is None:  # not labelled at all
+                value = np.full(size, 255, np.uint8)
+            if value.shape != shape:
+                raise ValueError(f"{self.name}: {self.paths[i][kind][0]} has shape {value.shape}, "
+                                 f"expected {shape} as its image has")
+            value = value.transpose(2, 0, 1) if value.ndim == 3 else value
+            sample[kind] = torch.from_numpy(np.ascontiguousarray(value))
         return sample
-
-    def read(self, kind: str, path: Path) -> np.ndarray:
-        """One file as (H, W, channels), in the sample's encoding."""
-        if path.suffix == ".npy":
-            try:
-                value = np.load(path, allow_pickle=False).astype(np.float32)
-            except Exception as error:
-                raise ValueError(f"NYUD: cannot read {path}: {error}") from error
-            value = value[..., None] if value.ndim == 2 else value
-        else:
-            value = read_image(path, None if kind == "semseg" else "RGB")
-            value = value[..., None] if value.ndim == 2 else value
-            if kind == "normals":
-                value = value.astype(np.float32) * (2 / 255) - 1
-        if kind == "semseg":
-            if value.max() > self.classes:
-                raise ValueError(f"NYUD: {path} holds class {value.max()}, expected 0 (void) to "
-                                 f"{self.classes}")
-            value = value.astype(np.uint8) - 1  # 0 wraps round to 255 = ignore
-        if kind == "depth":
-            value = np.where(np.isfinite(value) & (value > 0), value, 0)
-        if kind == "normals":  # unit length where measured; grey or black pixels in a png are not
-            length = np.linalg.norm(value, axis=-1, keepdims=True)
-            value = np.where((length > 0.5) & (length < 1.5), value / np.maximum(length, 1e-6), 0)
-        return value
-
-
-def find_nyud(source: Path, download_it: bool = False) -> Path:
-    """The dataset's folder, given itself, the folder around it, or an archive of it."""
-    source = Path(source)
-    if download_it and not source.exists():
-        source.mkdir(parents=True)
-    if download_it and not any((source / name).exists() for name in NYUD_ARCHIVES):
-        download(NYUD_URL, source / NYUD_ARCHIVES[0])
-    if source.is_file():
-        return find_nyud(unpack(source))
-    for folder in (source, *sorted(source.glob("*/"))):
-        if (folder / "gt_sets").is_dir():
-            return folder
-    for name in NYUD_ARCHIVES:
-        if (source / name).is_file():
-            return find_nyud(unpack(source / name))
-    state = "holds neither gt_sets/ nor an archive" if source.is_dir() else "does not exist"
-    raise ValueError(f"NYUD: {source} {state}; give the dataset's folder or archive "
-                     f"({' or '.join(NYUD_ARCHIVES)}) as --data-root, or add --download. Where to "
-                     f"get it: {NYUD_DOCUMENTED}")
-
-
-def unpack(archive: Path, into: Path = Path("data")) -> Path:
-    """Unpack a tar archive once, to into/NAME-KEY (KEY: of its path, size and date), whole or not.
-
-    Raises ValueError for a damaged archive, or one with links or paths that lead outside.
-    """
-    stat = archive.stat()
-    key = zlib.crc32(f"{archive.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode())
-    folder = into / f"{archive.name.split('.')[0]}-{key:08x}"
-    if folder.is_dir():
-        return folder
-    print(f"unpacking {archive} ({stat.st_size / 1e6:.0f} MB) to {folder}", flush=True)
-    partial = folder.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        with tarfile.open(archive) as tar:
-            tar.extractall(partial, filter="data")  # refuses what leads outside the folder
-        if not any(partial.glob("*/gt_sets/*.txt")):
-            raise ValueError("it holds no gt_sets/*.txt")
-        partial.rename(folder)
-    except (tarfile.TarError, EOFError, zlib.error, OSError, ValueError) as error:
-        raise ValueError(f"cannot unpack {archive}: {error}; fetch it again? "
-                         f"({NYUD_DOCUMENTED})") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return folder
-
-
-def download(url: str, path: Path) -> None:
-    """Fetch url to path with progress; an interrupted download continues from `path.part`."""
-    part = path.with_name(path.name + ".part")
-    start = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
-    try:
-        with urllib.request.urlopen(request, timeout=30) as reply:
-            if "html" in reply.headers.get("Content-Type", ""):
-                raise ValueError("the server sent a web page, not the file")
-            start = start if reply.status == 206 else 0  # 200: the server cannot continue
-            total = start + int(reply.headers.get("Content-Length", 0))
-            with open(part, "ab" if start else "wb") as file:
-                while block := reply.read(1 << 20):
-                    file.write(block)
-                    progress(f"{path.name}: {file.tell() / 1e6:.0f} of {total / 1e6:.0f} MB",
-                             file.tell() >= total)
-        if part.stat().st_size < total:
-            raise ValueError("the connection ended early")
-    except (urllib.error.URLError, OSError, ValueError) as error:
-        kept = f"; {part} is kept, run again to continue" if part.exists() else ""
-        raise ValueError(f"download of {url} failed: {error}{kept}. Other sources: "
-                         f"{NYUD_DOCUMENTED}") from error
-    part.rename(path)
-
-
-def progress(text: str, last: bool) -> None:
-    """One line that is overwritten on a terminal; elsewhere only the last state is printed."""
-    if sys.stdout.isatty():
-        print(f"\r{text} ", end="\n" if last else "", flush=True)
-    elif last:
-        print(text, flush=True)
 
 
 # --- batches ------------------------------------------------------------------------------------
@@ -230,7 +225,7 @@ class InMemory(Dataset):
     """Every sample of `dataset`, decoded once and kept; workers share it by forking."""
 
     def __init__(self, dataset: Dataset):
-        self.classes, self.ids, self.samples = dataset.classes, dataset.ids, []
+        self.samples = []
         for i in range(len(dataset)):
             self.samples.append(dataset[i])
             progress(f"in memory: {i + 1} of {len(dataset)} samples", i == len(dataset) - 1)
@@ -246,10 +241,9 @@ def collate(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Stack samples, padded at the right and bottom to the largest; "size" (B, 2) keeps H, W."""
     size = torch.tensor([s["image"].shape[1:] for s in samples])
     H, W = size.amax(0).tolist()
-    invalid = {"semseg": 255}
     return {"size": size} | {
         k: torch.stack([F.pad(s[k], (0, W - s[k].shape[-1], 0, H - s[k].shape[-2]),
-                              value=invalid.get(k, 0)) for s in samples])
+                              value=255 if s[k].ndim == 2 else 0) for s in samples])
         for k in samples[0]}
 
 
@@ -277,39 +271,47 @@ def in_order(length: int, batch_size: int) -> list[list[int]]:
 
 
 # --- the warp -----------------------------------------------------------------------------------
-def draw_augmentation(B: int, flip: bool, scales: Sequence[float]) -> dict[str, Tensor]:
-    """Random flips, zooms (one of `scales`) and places of the crop for a batch, as `warp` takes."""
+def draw_augmentation(B: int, flip: bool, scales: Sequence[float],
+                      rotate: float) -> dict[str, Tensor]:
+    """Random flips, zooms (one of `scales`), turns up to +-`rotate` degrees and places of the cut
+    for a batch, as `warp` takes them."""
     scale = torch.tensor(scales)[torch.randint(len(scales), (B,))]
     flipped = (torch.rand(B) < 0.5) & flip
     place = torch.rand(B, 2) * 2 - 1
     centre = place * (1 - 1 / scale.clamp(min=1))[:, None]
-    return {"flip": flipped, "scale": scale, "centre": centre}
+    angle = (torch.rand(B) * 2 - 1) * rotate
+    return {"flip": flipped, "scale": scale, "centre": centre, "angle": angle}
 
 
 def warp(batch: dict[str, Tensor], size: Sequence[int], flip: Tensor | None = None,
-         scale: Tensor | None = None, centre: Tensor | None = None) -> tuple[Tensor, dict]:
+         scale: Tensor | None = None, centre: Tensor | None = None,
+         angle: Tensor | None = None) -> tuple[Tensor, dict]:
     """Cut a batch to (h, w), one sampling grid for the image and all labels.
 
-    flip (B,) bool mirrors left and right and negates normals' x; scale (B,) zooms in and divides
-    depth, as walking closer would; centre (B, 2) is the middle of the cut, x and y in -1..1 of the
-    image. Without them, a plain resize. What lies outside the image is black and invalid.
+    flip (B,) bool mirrors left and right; scale (B,) zooms in and divides depth, as walking closer
+    would; centre (B, 2) is the middle of the cut, x and y in -1..1 of the image; angle (B,), in
+    degrees, turns the picture counter-clockwise. Normals turn and flip with it. Without them, a
+    plain resize. What lies outside the image is black and invalid.
     Returns the image (B, 3, h, w), normalised, and the labels, as tasks.py wants them.
     """
     device, B = batch["image"].device, len(batch["image"])
     own = batch["size"].to(device).flip(1).float()  # (B, 2): W, H
     padded = torch.tensor(batch["image"].shape[:1:-1], device=device)
-    mirror = torch.ones(B, 2, device=device)
     zoom = torch.ones(B, device=device) if scale is None else scale.to(device)
+    turn = torch.eye(2, device=device).repeat(B, 1, 1)  # from the cut to the image
+    if angle is not None:
+        c, s = (f(angle.to(device).deg2rad()) for f in (torch.cos, torch.sin))
+        turn = torch.stack([torch.stack([c, -s], 1), torch.stack([s, c], 1)], 1)
     if flip is not None:
-        mirror[:, 0] = 1 - 2 * flip.to(device).float()
+        turn = turn.clone()
+        turn[:, :, 0] *= (1 - 2 * flip.to(device).float())[:, None]
     y, x = (torch.arange(n, device=device).add(0.5).mul(2 / n).sub(1) for n in size)
     grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)  # (h, w, 2): x, y in -1..1
-    grid = grid * (mirror / zoom[:, None])[:, None, None]  # (B, h, w, 2)
-    if centre is not None:
-        grid = grid + centre.to(device)[:, None, None]
-    inside = grid.abs().amax(-1) <= 1  # (B, h, w)
-    pixel = (grid + 1) / 2 * own[:, None, None]  # in the image's own pixels, centres at .5
-    pixel = pixel.clamp(min=0.5).minimum(own[:, None, None] - 0.5)  # never blend with padding
+    half = own[:, None, None] / 2
+    pixel = (grid * half) @ turn[:, None].mT / zoom[:, None, None, None]  # (B, h, w, 2)
+    pixel = pixel + half * (1 if centre is None else 1 + centre.to(device)[:, None, None])
+    inside = ((pixel >= 0) & (pixel <= 2 * half)).all(-1)  # (B, h, w), centres of pixels at .5
+    pixel = pixel.clamp(min=0.5).minimum(2 * half - 0.5)  # never blend with padding
     grid = pixel / padded * 2 - 1
     nearest = (pixel.floor() + 0.5) / padded * 2 - 1  # at centres: no rounding depends on padding
 
@@ -319,14 +321,16 @@ def warp(batch: dict[str, Tensor], size: Sequence[int], flip: Tensor | None = No
     labels = {}
     for name in batch.keys() - {"image", "size"}:
         label = batch[name].float()
-        label = label if label.ndim == 4 else 255 - label[:, None]  # so that 0 is invalid
-        label = F.grid_sample(label, nearest, mode="nearest", align_corners=False) * inside[:, None]
-        if name == "semseg":
-            label = (255 - label[:, 0]).long()
+        classes = label.ndim == 3
+        label = 255 - label[:, None] if classes else label  # so that 0 is invalid in all of them
+        label = F.grid_sample(label, nearest, mode="nearest", align_corners=False)
+        label = label * inside[:, None]
+        if classes:
+            label = (255 - label[:, 0]).round().long()
         elif name == "depth":
             label = label / zoom[:, None, None, None]
-        elif name == "normals":
-            label[:, 0] *= mirror[:, :1, None]
+        elif name == "normals":  # x and y turn the other way: from the image to the cut
+            label = torch.cat([torch.einsum("bij,bihw->bjhw", turn, label[:, :2]), label[:, 2:]], 1)
         labels[name] = label
     return image, labels
 
@@ -342,15 +346,12 @@ class ToDevice:
             yield {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
 
 
-# --- by name ------------------------------------------------------------------------------------
-DATASETS = {"rooms": Rooms, "nyud": NYUD}
-
-
 def open_dataset(config: Namespace, split: str) -> Dataset:
     """The "train" or "val" split that train.py's flags name, in memory if they ask for it."""
     if config.dataset == "rooms":
         length = config.train_rooms if split == "train" else config.val_rooms
         dataset = Rooms(split, config.tasks, length, config.size)
     else:
-        dataset = NYUD(find_nyud(config.data_root, config.download), split, config.tasks)
+        root = find_dataset(config.dataset, config.data_root, config.download)
+        dataset = Files(config.dataset, root, split, config.tasks)
     return InMemory(dataset) if config.cache else dataset

@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.utils import make_grid, save_image
 
-from data import DATASETS, ToDevice, collate, in_order, loader, open_dataset, read_image, warp
-from grouping import build_tree
-from model import MultiTaskNet, amp_dtype, build, fingerprint, ledger
+from data import CLASSES, ToDevice, collate, in_order, loader, open_dataset, warp
+from files import read_image
+from grouping import build_tree, read_tree
+from model import MultiTaskNet, amp_dtype, build, fingerprint, ledger, pick_device
 from swin import WindowAttention
 from tasks import make_tasks
 from tglora import TGLoRALinear
@@ -91,11 +92,11 @@ def reference(tasks: list, batches: Iterable, size: tuple[int, int] | None) -> d
 
 def format_table(tasks: list, results: dict, reference: dict) -> str:
     """One line a metric: ours, the best constant's; the compared metric of a task is starred."""
-    rows = [f"{'task':<10}{'metric':<12}{'result':>9}{'constant':>10}"]
+    rows = [f"{'task':<13}{'metric':<12}{'result':>9}{'constant':>10}"]
     for task in tasks:
         for metric, value in results[task.name].items():
             star = (" *up" if task.higher_is_better else " *down") if metric == task.metric else ""
-            rows.append(f"{task.name:<10}{metric:<12}{value:>9.4f}"
+            rows.append(f"{task.name:<13}{metric:<12}{value:>9.4f}"
                         f"{reference[task.name][metric]:>10.4f}{star}")
     return "\n".join(rows)
 
@@ -129,9 +130,9 @@ def draw_photo(photo: Path, path: Path, predict, tasks: list, size: tuple[int, i
     batch = collate([{"image": torch.from_numpy(read_image(photo)).permute(2, 0, 1)}])
     own = batch["size"][0].tolist()
     image, _ = warp(next(iter(ToDevice([batch], device))), size or own)
-    row = [batch["image"][0] / 255]
+    predictions, row = predict(image), [batch["image"][0] / 255]
     for task in tasks:
-        pred = F.interpolate(predict(image)[task.name].float(), own, mode="bilinear")
+        pred = F.interpolate(predictions[task.name].float(), own, mode="bilinear")
         row.append(task.colours(pred[0]))
     draw(path, [row])
 
@@ -140,13 +141,12 @@ def draw_photo(photo: Path, path: Path, predict, tasks: list, size: tuple[int, i
 def read_checkpoint(path: Path) -> dict:
     """What train.py saved: only tensors and plain data are read. Raises ValueError."""
     if not Path(path).is_file():
-        raise ValueError(f"no checkpoint {path}; train.py writes best.pt and last.pt into --out")
+        raise ValueError(f"no checkpoint file {path}; train.py writes best.pt and last.pt to --out")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         state["model"], state["config"], state["tree"]
     except Exception as error:  # torch.load documents no exception types for a damaged file
-        raise ValueError(f"{path} is not a checkpoint of train.py, or is damaged "
-                         f"({type(error).__name__})") from error
+        raise ValueError(f"{path} is not a checkpoint of train.py, or is damaged") from error
     return state
 
 
@@ -155,8 +155,8 @@ def load_trained(model: MultiTaskNet, state: dict, path: Path) -> None:
     own = fingerprint(model)
     if state["fingerprint"] != own:
         raise ValueError(f"{path} was trained on another backbone (fingerprint "
-                         f"{state['fingerprint']}) than --weights {state['config']['weights']} "
-                         f"gives here ({own})")
+                         f"{state['fingerprint']}) than the one loaded here ({own}); it was "
+                         f"--weights {state['config']['weights']}")
     missing, unexpected = model.load_state_dict(state["model"], strict=False)
     trained = {k for k, p in model.named_parameters() if p.requires_grad}
     if unexpected or trained & set(missing):
@@ -213,9 +213,10 @@ def count_macs(model: nn.Module, size: tuple[int, int]) -> dict[str, int]:
 
 def cost(config: argparse.Namespace) -> dict:
     """Trained parameters and MACs of the run that train.py would start with `config`."""
-    tasks = make_tasks(config.tasks, DATASETS[config.dataset].classes)
+    tasks = make_tasks(config.tasks, CLASSES[config.dataset])
     # Costs depend on how many groups a stage has, not on which tasks are in them.
-    tree = config.tree or build_tree(np.zeros((len(tasks), len(tasks))), config.groups)
+    tree = (read_tree(config.tree, config.tasks) if config.tree else
+            build_tree(np.zeros((len(tasks), len(tasks))), config.groups))
     config = argparse.Namespace(**{**vars(config), "weights": "none"})
     with torch.device("meta"):
         model = build(config, tasks, tree)
@@ -250,6 +251,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--cost", action="store_true", help="print parameters and MACs of a configuration")
     args, rest = parser.parse_known_args(argv)
     if args.cost:
+        if args.checkpoint or args.image:
+            parser.error("--cost goes with flags of train.py, not with --checkpoint or --image")
         from train import parse_arguments as parse_train  # which imports this module
         args.config = parse_train(rest)
     elif rest or not args.checkpoint:
@@ -263,35 +266,44 @@ def run(args: argparse.Namespace) -> None:
         costs = cost(args.config)
         print(json.dumps(costs) if args.json else format_cost(costs, args.config.size))
         return
+    with redirect_stdout(sys.stderr):  # notes on the way; the answer alone is for stdout
+        answer = evaluate_checkpoint(args)
+    print(answer)
+
+
+def evaluate_checkpoint(args: argparse.Namespace) -> str:
+    """What --checkpoint and the other flags ask for; returns the text to print."""
     state = read_checkpoint(args.checkpoint)
     config = argparse.Namespace(**state["config"])
     config.data_root = args.data_root or config.data_root
     config.weights = args.weights or config.weights
-    device = torch.device(args.device)
-    tasks = make_tasks(config.tasks, DATASETS[config.dataset].classes)
+    device = pick_device(args.device)
+    tasks = make_tasks(config.tasks, CLASSES[config.dataset])
     model = build(config, tasks, state["tree"])
     load_trained(model, state, args.checkpoint)
     if args.export_backbone:
-        torch.save({k: v.half() for k, v in model.backbone.state_dict().items()},
-                   args.export_backbone)
-        return
+        if config.method != "full":
+            raise ValueError(f"{args.checkpoint} is of --method {config.method}, whose backbone is "
+                             "the one it started from; only --method full trains it")
+        weights = {k: v.half() for k, v in model.backbone.state_dict().items()}
+        torch.save(weights, args.export_backbone)
+        return f"wrote {args.export_backbone}"
     predict = predictor(model.to(device), amp_dtype(config.amp, device))
     size = None if args.native else config.size
     if args.image:
-        for photo in args.image:
-            path = args.checkpoint.with_name(photo.stem + ".predicted.png")
+        paths = [args.checkpoint.with_name(photo.stem + ".predicted.png") for photo in args.image]
+        for photo, path in zip(args.image, paths):
             draw_photo(photo, path, predict, tasks, size, device)
-            print(f"wrote {path}")
-        return
+        return "\n".join(f"wrote {path}" for path in paths)
     dataset = open_dataset(config, "val")
     batch_size = 1 if args.native else config.batch_size
-    batches = loader(dataset, in_order(len(dataset), batch_size), config.workers)
-    batches = ToDevice(batches, device)
+    batches = ToDevice(loader(dataset, in_order(len(dataset), batch_size), config.workers), device)
     outcome = evaluate(predict, tasks, batches, size)
     outcome["reference"] = reference(tasks, batches, size)
-    print(json.dumps(outcome) if args.json else
-          f"{outcome['images']} images, loss {outcome['loss']:.4f}\n"
-          + format_table(tasks, outcome["results"], outcome["reference"]))
+    if args.json:
+        return json.dumps(outcome)
+    return (f"{outcome['images']} images, loss {outcome['loss']:.4f}\n"
+            + format_table(tasks, outcome["results"], outcome["reference"]))
 
 
 def main(argv: list[str] | None = None) -> None:

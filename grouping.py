@@ -12,8 +12,10 @@ A partition is a list of tuples of task indices, each sorted, ordered by their f
 References: arXiv 2509.19602, sections 3.3 and 4.4.
 """
 
+import json
 from collections.abc import Sequence
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 
@@ -138,3 +140,28 @@ def format_tree(tree: Sequence[Partition], names: Sequence[str]) -> str:
     return "\n".join(
         f"stage {i}   " + " ".join("{" + ", ".join(names[t] for t in g) + "}" for g in partition)
         for i, partition in enumerate(tree, 1))
+
+
+def name_tree(tree: Sequence[Partition], names: Sequence[str]) -> list[list[list[str]]]:
+    """The tree with tasks' names for their indices, as it is saved."""
+    return [[[names[t] for t in group] for group in partition] for partition in tree]
+
+
+def read_tree(path: str | Path, names: Sequence[str]) -> list[Partition]:
+    """The tree of a file {"tree": [[["semseg", "depth"], ["normals"]], ...]}, checked."""
+    try:
+        stages = json.loads(Path(path).read_text())["tree"]
+        index = {name: t for t, name in enumerate(names)}
+        unknown = {name for stage in stages for group in stage for name in group} - set(index)
+        tree = [sorted(tuple(sorted(index[name] for name in group if name in index))
+                       for group in stage) for stage in stages]
+    except OSError as error:
+        raise ValueError(f"tree: cannot read {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f'tree: {path} is not {{"tree": [for each stage, [for each group, [names '
+                         'of tasks]]]}') from error
+    if unknown:
+        raise ValueError(f"tree: {path} is for other tasks: {', '.join(sorted(map(str, unknown)))} "
+                         f"not among {', '.join(names)}")
+    check_tree(tree, len(names))
+    return tree

@@ -77,6 +77,14 @@ def ledger(model: nn.Module) -> dict[str, int]:
             "total": sum(p.numel() for p in model.parameters())}
 
 
+def stage_ranks(config: Namespace) -> list[int]:
+    """Each stage's combined rank; with --last-rank the last one's grows with the tasks (4.3)."""
+    ranks = [config.rank] * len(config.groups)
+    if config.last_rank:
+        ranks[-1] = config.last_rank * len(config.tasks)
+    return ranks
+
+
 def build(config: Namespace, tasks: Sequence, tree: Sequence[Partition]) -> MultiTaskNet:
     """The network that train.py's flags describe, the same for the same seed."""
     torch.manual_seed(config.seed)
@@ -85,7 +93,7 @@ def build(config: Namespace, tasks: Sequence, tree: Sequence[Partition]) -> Mult
         load_weights(backbone, config.weights, config.backbone)
     model = MultiTaskNet(backbone, tasks, tree)
     if config.method == "tglora":
-        model.adapt(config.layers, [config.rank] * len(tree), config.dropout)
+        model.adapt(config.layers, stage_ranks(config), config.dropout)
     elif config.method == "full":
         backbone.requires_grad_(True)
     return model
@@ -112,3 +120,14 @@ def amp_dtype(choice: str, device: torch.device) -> torch.dtype | None:
         choice = "off" if device.type != "cuda" else (
             "bf16" if torch.cuda.is_bf16_supported() else "fp16")
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[choice]
+
+
+def pick_device(name: str) -> torch.device:
+    """--device as a device that is there. Raises ValueError."""
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used here; expected cpu, or cuda on a machine "
+                         "with a GPU and its driver") from error
+    return device

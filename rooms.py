@@ -1,10 +1,11 @@
 """Rendered rooms: a small ray caster, whose images come with exact labels for any seed and size.
 
-A room with boxes, spheres and cylinders, textured and lit by one lamp, seen by a camera at eye
-height. It needs no download and no label noise, so the whole method can be run, taught and tested
-on it; room (seed, split, i) is the same on every machine.
+A room with boxes, spheres and cylinders, sometimes with a person made of capsules, textured and lit
+by one lamp, seen by a camera at eye height; the nearest object is the salient one. It needs no
+download and has no label noise, so the whole method can be run, taught and tested on it; room
+(seed, split, i) is the same on every machine.
 
-    sample = render_room((0, 0, 7), 112, 112)   # image, semseg, depth, normals
+    sample = render_room((0, 0, 7), 112, 112)  # image, semseg, depth, normals, human_parts, sal
 
 World: x, y on the floor, z up, metres. A ray is o + t * d; every shape answers with t (P,) of its
 nearest hit (inf where it is missed) and the outward normals there (P, 3), for P pixels.
@@ -16,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-ROOM_CLASSES = ("floor", "ceiling", "wall", "box", "sphere", "cylinder")
+ROOM_CLASSES = ("floor", "ceiling", "wall", "box", "sphere", "cylinder", "person")
+SALIENT = 0.01  # the least share of the picture that a salient object covers
 
 
 def hit_slabs(o: np.ndarray, d: np.ndarray, low: np.ndarray, high: np.ndarray, inside: bool):
@@ -54,6 +56,43 @@ def hit_cylinder(o: np.ndarray, d: np.ndarray, radius: float, height: float):
     return np.where(lid, t_lid, t), np.where(lid[:, None], np.array([0.0, 0.0, 1.0]), n * flat)
 
 
+def hit_capsule(o: np.ndarray, d: np.ndarray, a: np.ndarray, b: np.ndarray, radius: float):
+    """A tube from a to b with round ends: an endless cylinder between two spheres."""
+    axis = (b - a) / np.linalg.norm(b - a)
+    across = np.eye(3) - np.outer(axis, axis)  # what is left without the part along the axis
+    t, n = hit_sphere((o - a) @ across, d @ across, radius)
+    along = (o - a + np.where(np.isfinite(t), t, 0)[:, None] * d) @ axis
+    t = np.where((along < 0) | (along > np.linalg.norm(b - a)), np.inf, t)
+    for end in (a, b):
+        t_end, n_end = hit_sphere(o - end, d, radius)
+        front = t_end < t
+        t, n = np.where(front, t_end, t), np.where(front[:, None], n_end, n)
+    return t, n
+
+
+def pose_person(rng: np.random.Generator) -> list[tuple[int, np.ndarray, np.ndarray, float]]:
+    """Capsules of a person standing at the origin: (part 1..6, end, end, radius), in metres.
+
+    Parts as in PASCAL: head, torso, upper arms, lower arms, upper legs, lower legs.
+    """
+    def limb(start: np.ndarray, length: float, spread: float) -> np.ndarray:
+        swing, out = rng.uniform(-0.6, 0.6), spread * rng.uniform(0.1, 0.6)
+        way = np.array([np.sin(out), np.sin(swing), -np.cos(swing) * np.cos(out)])
+        return start + length * way / np.linalg.norm(way)
+
+    hips, neck = np.array([0, 0, 0.95]), np.array([0, 0, 1.42])
+    parts = [(1, neck + [0, 0, 0.15], neck + [0, 0, 0.2], 0.11),
+             (2, hips, neck - [0, 0, 0.1], 0.15)]
+    for side in (-1, 1):
+        for start, upper, lower, radius, first in (
+                (neck + [0.21 * side, 0, -0.06], 0.3, 0.28, 0.055, 3),
+                (hips + [0.1 * side, 0, -0.05], 0.42, 0.42, 0.085, 5)):
+            joint = limb(start, upper, side * (1.0 if first == 3 else 0.3))
+            parts += [(first, start, joint, radius),
+                      (first + 1, joint, limb(joint, lower, 0.2 * side), 0.8 * radius)]
+    return parts
+
+
 def rotation(angle: float) -> np.ndarray:
     """Matrix that turns x toward y by `angle` radians."""
     c, s = np.cos(angle), np.sin(angle)
@@ -84,7 +123,9 @@ def render_room(seed: Sequence[int], height: int, width: int, axes: np.ndarray |
     t, n = hit_slabs(eye, d, np.zeros(3), room, inside=True)
     label = np.where(n[:, 2] > 0.5, 0, np.where(n[:, 2] < -0.5, 1, 2))  # floor, ceiling, wall
     surface = label.copy()  # which texture
-    for i in range(int(rng.integers(3, 8))):
+    part, thing = np.zeros_like(label), np.full_like(label, -1)  # of a person; which object
+    n_objects = int(rng.integers(3, 8))
+    for i in range(n_objects):
         kind = int(rng.integers(3))
         turn = rotation(rng.uniform(0, np.pi))  # to the object's own axes
         size = rng.uniform((0.3, 0.3, 0.3), (1.2, 0.9, 1.5))
@@ -100,9 +141,28 @@ def render_room(seed: Sequence[int], height: int, width: int, axes: np.ndarray |
         front = t_i < t
         t, n = np.where(front, t_i, t), np.where(front[:, None], n_i @ turn, n)
         label, surface = np.where(front, 3 + kind, label), np.where(front, 3 + i, surface)
+        thing = np.where(front, i, thing)
+    if rng.random() < 0.5:
+        turn = rotation(rng.uniform(0, 2 * np.pi))
+        at = eye * [1, 1, 0] + (rotation(yaw + rng.uniform(-0.35, 0.35)) @ [0, 1, 0]
+                                ) * rng.uniform(1.8, 3.2)
+        o, own = turn @ (eye - at), d @ turn.T
+        for kind, a, b, radius in pose_person(rng):
+            t_i, n_i = hit_capsule(o, own, a, b, radius)
+            front = t_i < t
+            t, n = np.where(front, t_i, t), np.where(front[:, None], n_i @ turn, n)
+            label, part = np.where(front, 6, label), np.where(front, kind, part)
+            surface = np.where(front, 2 + n_objects + kind, surface)
+            thing = np.where(front, n_objects, thing)
+
+    # The nearest object that is large enough.
+    nearest, salient = np.inf, np.zeros_like(label)
+    for i in range(n_objects + 1):
+        if (thing == i).mean() >= SALIENT and t[thing == i].mean() < nearest:
+            nearest, salient = t[thing == i].mean(), thing == i
 
     # Solid textures: a product of two waves through space, soft or as a checker, on a base colour.
-    n_surfaces = int(surface.max()) + 1
+    n_surfaces = 3 + n_objects + 6  # the room's, the objects', the person's
     base, tint = rng.uniform(0.25, 0.9, (n_surfaces, 3)), rng.uniform(-0.35, 0.35, (n_surfaces, 3))
     waves = rng.normal(0, 1, (2, n_surfaces, 3)) * rng.uniform(2, 12, (1, n_surfaces, 1))
     hard = rng.random(n_surfaces) < 0.4
@@ -122,4 +182,6 @@ def render_room(seed: Sequence[int], height: int, width: int, axes: np.ndarray |
     return {"image": as_map(colour.clip(0, 1) * 255, np.uint8),
             "semseg": as_map(label, np.uint8)[0],
             "depth": as_map(t, np.float32),
-            "normals": as_map(n @ frame.T * [1, 1, -1], np.float32)}
+            "normals": as_map(n @ frame.T * [1, 1, -1], np.float32),
+            "human_parts": as_map(part if part.any() else part + 255, np.uint8)[0],
+            "sal": as_map(salient, np.uint8)[0]}

@@ -253,6 +253,8 @@ def read_weights(source: str, name: str) -> dict[str, Tensor]:
 
     A relative path is looked for in the current folder, then beside this file.
     """
+    if source in ("imagenet", "torchvision") and name not in TORCHVISION_NAME:
+        raise ValueError(f"weights: there are none from {source} for backbone {name}")
     how = dict(map_location="cpu", weights_only=True)
     try:
         if source == "imagenet":
@@ -260,8 +262,6 @@ def read_weights(source: str, name: str) -> dict[str, Tensor]:
         if source == "torchvision":
             weights = get_weight(f"{TORCHVISION_NAME[name]}.IMAGENET1K_V1")
             return weights.get_state_dict(check_hash=True, **how)
-    except KeyError:
-        raise ValueError(f"weights: {source} has none for backbone {name}") from None
     except (OSError, RuntimeError) as error:  # no connection, or a wrong checksum
         raise ValueError(f"weights: cannot download {source}'s for {name}: {error}; fetch the file "
                          "by hand and give its path (README, Data)") from error

@@ -1,12 +1,14 @@
 """What a dense prediction task is: outputs, loss, metrics, what no learning scores, colours.
 
-A label says itself which of its pixels are valid: semseg's 255 is ignored, a depth of 0 and a
+A label says itself which of its pixels are valid: a class of 255 is ignored, a depth of 0 and a
 normal of (0, 0, 0) do not exist in the world and mean "not measured". Losses and metrics look at
 valid pixels only. Metrics are sums: `sums(pred, label)` of any batches add up, and `metrics(sums)`
-divides once at the end, so that they do not depend on how a set was cut into batches.
+divides once at the end, so that they do not depend on how a set was cut into batches. Without any
+valid pixel, and where any prediction is NaN, a task's metrics are NaN.
 
 Shapes: B batch, H W pixels. A prediction is (B, outputs, H, W); labels are (B, H, W) int64 for
-semseg, (B, 1, H, W) for depth in metres, (B, 3, H, W) for normals (x right, y down, z to camera).
+classes and sal, (B, 1, H, W) for depth in metres, (B, 3, H, W) for normals (x right, y down, z to
+the camera).
 References: arXiv 2509.19602, sections 4.2, 4.3 and eq. 7; MTLoRA, arXiv 2403.20320, section 4.1.
 """
 
@@ -19,13 +21,13 @@ from torch import Tensor
 IGNORE = 255
 
 
-class SemSeg:
-    """Semantic segmentation: one class a pixel; mean intersection over union (mIoU)."""
+class Segmentation:
+    """semseg and human_parts: one class a pixel; mean intersection over union (mIoU)."""
 
-    name, weight, metric, higher_is_better = "semseg", 1.0, "mIoU", True
+    metric, higher_is_better = "mIoU", True
 
-    def __init__(self, classes: int):
-        self.outputs = classes
+    def __init__(self, name: str, classes: int, weight: float):
+        self.name, self.outputs, self.weight = name, classes, weight
 
     def valid(self, label: Tensor) -> Tensor:
         return label != IGNORE  # (B, H, W)
@@ -39,13 +41,14 @@ class SemSeg:
         """Confusion matrix, (classes, classes): rows are true, columns predicted."""
         valid, C = self.valid(label), self.outputs
         pairs = label[valid] * C + pred.argmax(1)[valid]
-        return torch.bincount(pairs, minlength=C * C).reshape(C, C).double()
+        counts = torch.bincount(pairs, minlength=C * C).reshape(C, C).double()
+        return counts + nan_if(pred.isnan().any(1) & valid)
 
     def metrics(self, sums: Tensor) -> dict[str, float]:
         """mIoU over the classes that occur in truth or prediction, and pixel accuracy."""
         hit = sums.diag()
         union = sums.sum(0) + sums.sum(1) - hit
-        occurs = union > 0
+        occurs = union != 0
         return {"mIoU": (hit[occurs] / union[occurs]).mean().item(),
                 "accuracy": (hit.sum() / sums.sum()).item()}
 
@@ -60,6 +63,62 @@ class SemSeg:
         hue = torch.stack([turn, turn + 1 / 3, turn + 2 / 3]) * (2 * math.pi)
         level = 0.55 + 0.2 * (label % 3)
         return (0.5 + 0.5 * hue.cos()) * level * (label != IGNORE)
+
+
+class Saliency:
+    """What catches the eye: 1 or 0 a pixel; IoU and F of the best of 15 thresholds."""
+
+    name, weight, metric, higher_is_better = "sal", 5.0, "mIoU", True
+    outputs = 1
+    thresholds = torch.arange(4, 19) / 20  # 0.20, 0.25 ... 0.90
+
+    def valid(self, label: Tensor) -> Tensor:
+        return label != IGNORE  # (B, H, W)
+
+    def loss(self, pred: Tensor, label: Tensor) -> Tensor:
+        """Balanced cross-entropy: each side weighted by the other's share of the valid pixels."""
+        valid = self.valid(label)
+        positive, n = (label == 1).sum(), valid.sum().clamp(min=1)
+        share = torch.where(label == 1, n - positive, positive) / n
+        error = F.binary_cross_entropy_with_logits(pred[:, 0].float(), (label == 1).float(),
+                                                   reduction="none")
+        return (error * share * valid).sum() / n
+
+    def sums(self, pred: Tensor, label: Tensor) -> Tensor:
+        """Images with valid pixels, then per threshold IoU, precision and recall, (1 + 3 * 15).
+
+        Against an empty truth an empty prediction scores 1 in all three, any other 0 but a recall
+        of 1; an empty prediction of something scores 0.
+        """
+        valid, truth = self.valid(label), label == 1
+        found = (pred[:, 0].sigmoid() >= self.thresholds.to(pred)[:, None, None, None]) & valid
+        hit, found, truth = ((found & truth).sum((2, 3)).double(), found.sum((2, 3)).double(),
+                             truth.sum((1, 2)).double())  # (15, B), (15, B), (B,)
+
+        def ratio(a: Tensor, b: Tensor, empty: Tensor | float) -> Tensor:
+            return torch.where(b > 0, a / b.clamp(min=1), empty)
+
+        scores = torch.stack([ratio(hit, found + truth - hit, 1.0),
+                              ratio(hit, found, (truth == 0).double().expand_as(found)),
+                              ratio(hit, truth.expand_as(hit), 1.0)])  # (3, 15, B)
+        counts = valid.any((1, 2)).double()  # (B,)
+        sums = torch.cat([counts.sum()[None], (scores * counts).sum(2).flatten()])
+        return sums + nan_if(pred[:, 0].isnan() & valid)
+
+    def metrics(self, sums: Tensor) -> dict[str, float]:
+        """mIoU: the best threshold's mean over images; maxF: the best F (beta^2 = 0.3) of means."""
+        iou, precision, recall = (sums[1:] / sums[0]).reshape(3, -1)
+        f = 1.3 * precision * recall / (0.3 * precision + recall).clamp(min=1e-9)
+        return {"mIoU": iou.max().item(), "maxF": f.max().item()}
+
+    def best_constant(self, values: Tensor) -> Tensor:
+        """Everything salient, as a logit (1,): with a constant, IoU has no better choice."""
+        return torch.tensor([10.0])
+
+    def colours(self, x: Tensor) -> Tensor:
+        """Prediction (1, H, W) or label (H, W) -> grey (3, H, W), white is salient."""
+        grey = x.sigmoid()[0] if x.ndim == 3 else (x == 1).float()
+        return grey.expand(3, -1, -1)
 
 
 class Depth:
@@ -124,7 +183,8 @@ class Normals:
         cosine = F.cosine_similarity(pred.double(), label.double(), dim=1)[valid]
         angle = cosine.clamp(-1, 1).acos().rad2deg()
         within = [(angle < limit).sum().double() for limit in (11.25, 22.5, 30)]
-        return torch.stack([valid.sum().double(), angle.sum(), (angle ** 2).sum(), *within])
+        sums = torch.stack([valid.sum().double(), angle.sum(), (angle ** 2).sum(), *within])
+        return sums + nan_if(angle.isnan())
 
     def metrics(self, sums: Tensor) -> dict[str, float]:
         """mean and true rmse of the angle in degrees, and the shares within three limits."""
@@ -151,9 +211,16 @@ class Normals:
         return (F.normalize(x, dim=0) + 1) / 2 * exists
 
 
+def nan_if(mask: Tensor) -> Tensor:
+    """NaN where any of `mask` is true, else 0: a broken prediction must not look like a number."""
+    return torch.where(mask.any(), math.nan, 0.0).double()
+
+
 def make_tasks(names: list[str], classes: int) -> list:
     """Task objects for `names`, in that order; classes: of the dataset's semseg."""
-    known = {"semseg": lambda: SemSeg(classes), "depth": Depth, "normals": Normals}
+    known = {"semseg": lambda: Segmentation("semseg", classes, 1.0),
+             "human_parts": lambda: Segmentation("human_parts", 7, 2.0),
+             "sal": Saliency, "depth": Depth, "normals": Normals}
     for name in names:
         if name not in known:
             raise ValueError(f"unknown task {name!r}; expected some of {', '.join(known)}")
@@ -162,18 +229,19 @@ def make_tasks(names: list[str], classes: int) -> list:
     return [known[name]() for name in names]
 
 
-def delta_m(results: dict, baseline: dict, tasks: list) -> float:
+def delta_m(results: dict, baseline: dict) -> float:
     """Mean relative gain over a baseline, in percent (eq. 7); better is positive.
 
-    results, baseline: {task: {metric: value}}. Raises ValueError when the baseline lacks a task.
+    results, baseline: {task: {metric: value}}; over the tasks in results. Raises ValueError where
+    the baseline lacks one.
     """
     gains = []
-    for task in tasks:
+    for task in make_tasks(list(results), classes=1):
         try:
-            base = baseline[task.name][task.metric]
-        except (KeyError, TypeError):
-            raise ValueError(f"baseline: no {task.metric} of {task.name}; expected "
-                             '{"results": {task: {metric: value}}}') from None
-        gain = (results[task.name][task.metric] - base) / base
+            base = float(baseline[task.name][task.metric])
+            gain = (results[task.name][task.metric] - base) / base
+        except (KeyError, TypeError, ValueError, ZeroDivisionError):
+            raise ValueError(f"baseline: no {task.metric} of {task.name}, or not a number above 0; "
+                             'expected {"results": {task: {metric: value}}}') from None
         gains.append(gain if task.higher_is_better else -gain)
     return 100 * sum(gains) / len(gains)

@@ -23,28 +23,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data import (
-    DATASETS,
-    ToDevice,
-    draw_augmentation,
-    epoch_batches,
-    in_order,
-    loader,
-    open_dataset,
-    progress,
-    warp,
-)
-from eval import (
-    draw_samples,
-    evaluate,
-    format_table,
-    load_trained,
-    predictor,
-    read_checkpoint,
-    reference,
-)
-from grouping import Partition, build_tree, check_tree, format_tree
-from model import MultiTaskNet, amp_dtype, build, fingerprint, ledger, trained_state
+from data import (CLASSES, ToDevice, draw_augmentation, epoch_batches, in_order, loader,
+                  open_dataset, warp)
+from eval import (draw_samples, evaluate, format_table, load_trained, predictor, read_checkpoint,
+                  reference)
+from files import progress
+from grouping import Partition, build_tree, format_tree, name_tree, read_tree
+from model import (MultiTaskNet, amp_dtype, build, fingerprint, ledger, pick_device, stage_ranks,
+                   trained_state)
 from similarity import finetune_decoders, format_similarity, task_similarity
 from tasks import delta_m, make_tasks
 from tglora import split_rank
@@ -53,45 +39,70 @@ from tglora import split_rank
 RECIPES = {
     "rooms": dict(  # ours: a demonstration on two CPU cores; the backbone is README, rooms
         tasks="semseg,depth,normals", size="112", backbone="mini", weights="rooms_mini.pth",
-        groups="1,1,2,3", rank=24, layers="attn+mlp", epochs=5, batch_size=8, lr=2e-3, dropout=0.0,
+        rank=24, last_rank=None, layers="attn+mlp", epochs=5, batch_size=8, lr=2e-3, dropout=0.0,
         drop_path=0.0, eval_every=1, sim_images=32, head_epochs=4, cache=True, workers=0,
-        flip=True, scales="1"),
+        flip=True, scales="1", rotate=0.0),
     "nyud": dict(  # the paper's sections 4 and 7; the similarity's subset is ours
         tasks="semseg,normals,depth", size="448", backbone="tiny", weights="imagenet",
-        groups="1,1,2,3", rank=63, layers="attn+mlp", epochs=300, batch_size=6, lr=1e-4,
+        rank=63, last_rank=None, layers="attn+mlp", epochs=300, batch_size=6, lr=1e-4,
         dropout=0.05, drop_path=0.2, eval_every=20, sim_images=200, head_epochs=10, cache=False,
-        workers=min(4, os.cpu_count()), flip=True, scales="1,1.2,1.5"),
+        workers=min(4, os.cpu_count()), flip=True, scales="1,1.2,1.5", rotate=0.0),
+    "pascal": dict(  # likewise; in stage 4 every task has rank 4, whatever --rank is
+        tasks="semseg,human_parts,sal,normals", size="448", backbone="tiny", weights="imagenet",
+        rank=64, last_rank=4, layers="attn+mlp", epochs=300, batch_size=32,
+        lr=3.125e-5, dropout=0.05, drop_path=0.2, eval_every=20, sim_images=200, head_epochs=10,
+        cache=False, workers=min(4, os.cpu_count()), flip=True, scales="0.75:1.25", rotate=20.0),
 }
 
 
 # --- the recipe -----------------------------------------------------------------------------------
 def size_pair(text: str) -> tuple[int, int]:
     height, _, width = text.partition("x")
+    if not height.isdigit() or not (width or height).isdigit():
+        raise argparse.ArgumentTypeError(f"expected 448 or 448x576, got {text!r}")
     return int(height), int(width or height)
 
 
 def integers(text: str) -> tuple[int, ...]:
+    if not all(n.isdigit() for n in text.split(",")):
+        raise argparse.ArgumentTypeError(f"expected numbers as in 1,1,2,3, got {text!r}")
     return tuple(int(n) for n in text.split(","))
 
 
-def numbers(text: str) -> tuple[float, ...]:
-    return tuple(float(n) for n in text.split(","))
+def zooms(text: str) -> tuple[float, ...]:
+    """"1,1.2,1.5" as it is; "0.75:1.25" stands for 101 values from the first to the last."""
+    try:
+        values = tuple(float(n) for n in text.replace(":", ",").split(","))
+    except ValueError:
+        values = ()
+    if not values or min(values) <= 0:
+        raise argparse.ArgumentTypeError(f"expected 1,1.2,1.5 or 0.75:1.25, got {text!r}")
+    if ":" in text:
+        return tuple(np.linspace(values[0], values[-1], 101).tolist())
+    return values
 
 
 def names(text: str) -> list[str]:
     return text.split(",")
 
 
+def paper_groups(num_tasks: int) -> tuple[int, ...]:
+    """Task-specific in the last stage, one group less each stage before, shared in the first."""
+    return 1, max(1, num_tasks - 2), max(1, num_tasks - 1), num_tasks  # section 4.4
+
+
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """All knobs of a run, defaults from the dataset's recipe. Exits with usage on unknown flags."""
+    """All knobs of a run, defaults from the dataset's recipe. Exits with usage on bad flags."""
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--dataset", choices=sorted(RECIPES), default="rooms", help="to train on")
+    dataset = first.parse_known_args(argv)[0].dataset
     parser = argparse.ArgumentParser(
-        description="Train TGLoRA on one GPU or CPU. Defaults follow --dataset (RECIPES).",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        description=f"Train TGLoRA on one GPU or CPU. The defaults shown are those of {dataset}.",
+        parents=[first], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
-    add("--dataset", choices=sorted(DATASETS), default="rooms", help="what to train on")
     add("--data-root", default="data", help="folder of the dataset, or its archive")
     add("--download", action="store_true", help="fetch the dataset's archive into --data-root")
-    add("--train-rooms", type=int, default=400, help="rooms: training images")
+    add("--train-rooms", type=int, default=480, help="rooms: training images")
     add("--val-rooms", type=int, default=64, help="rooms: validation images")
     add("--tasks", type=names, help="comma-separated")
     add("--size", type=size_pair, help="training size, H or HxW; images are resized to it")
@@ -99,9 +110,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--weights", help="imagenet, torchvision, none (random) or a Swin checkpoint's path")
     add("--method", choices=("tglora", "full", "decoders"), default="tglora",
         help="adapters on a frozen backbone, full fine-tuning, or the decoders alone")
-    add("--groups", type=integers, help="task groups a stage, first to last")
-    add("--tree", help="file of a saved tree (tree.json of a run): no similarity is computed")
+    add("--groups", type=integers,
+        help="task groups a stage, as in 1,1,2,3; without it, the paper's for so many tasks")
+    add("--tree", help="use the tree in this file (tree.json of a run), whatever --groups says")
     add("--rank", type=int, help="combined rank of a layer's adapters, split by group size")
+    add("--last-rank", type=int, help="the last stage's combined rank is this times the tasks")
     add("--layers", choices=("attn", "attn+mlp", "attn+mlp+others"), help="what is adapted")
     add("--dropout", type=float, help="on the adapters' input")
     add("--drop-path", type=float, help="stochastic depth of the deepest block")
@@ -111,7 +124,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--normalize", choices=("elementwise", "none"), default="elementwise",
         help="similarity: of eq. 2")
     add("--flip", action=switch, help="augmentation: mirror half of the images")
-    add("--scales", type=numbers, help="augmentation: zoom by one of these")
+    add("--scales", type=zooms, help="augmentation: zoom by one of these, or LOW:HIGH")
+    add("--rotate", type=float, help="augmentation: turn by up to so many degrees")
     add("--epochs", type=int, help="passes over the training images")
     add("--batch-size", type=int, help="images a step")
     add("--accumulate", type=int, default=1, help="parts that a batch is computed in, for memory")
@@ -125,18 +139,26 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--cache", action=switch, help="keep decoded samples in memory")
     add("--eval-every", type=int, help="epochs between evaluations")
     add("--log-every", type=int, default=10, help="steps between log lines")
-    add("--baseline", help="metrics.json of a baseline: best.pt is then the best by delta-m")
+    add("--baseline", nargs="+", help="metrics.json of the single-task runs, one or one a task: "
+        "best.pt is then the best by delta-m")
     add("--seed", type=int, default=0, help="of everything random")
     add("--out", help="folder of the run; default runs/DATASET")
     add("--resume", action="store_true", help="continue from --out's last.pt")
-    dataset = parser.parse_known_args(argv)[0].dataset
     parser.set_defaults(**RECIPES[dataset], out=f"runs/{dataset}")
     config = parser.parse_args(argv)
-    positive = ("epochs", "batch_size", "accumulate", "rank", "sim_images", "head_epochs",
-                "eval_every", "log_every", "train_rooms", "val_rooms")
-    for name in positive:
-        if getattr(config, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    config.groups = config.groups or (  # without adapters there is nothing to group
+        paper_groups(len(config.tasks)) if config.method == "tglora" else (1, 1, 1, 1))
+    low = dict.fromkeys(("epochs", "batch_size", "accumulate", "rank", "sim_images", "head_epochs",
+                         "eval_every", "log_every", "train_rooms", "val_rooms"), 1)
+    low |= dict.fromkeys(("lr", "head_lr", "warmup", "dropout", "drop_path", "weight_decay", "clip",
+                          "rotate", "workers"), 0)
+    for name, value in low.items():
+        high = 0.99 if name in ("warmup", "dropout", "drop_path") else math.inf
+        if not value <= getattr(config, name) <= high:
+            parser.error(f"--{name.replace('_', '-')} must be at least {value}"
+                         + (f" and at most {high}" if high < 1 else ""))
+    if min(config.size) < 32:
+        parser.error("--size must be at least 32")
     return config
 
 
@@ -146,41 +168,31 @@ def forced_tree(config: argparse.Namespace, num_tasks: int) -> list[Partition] |
     Fails before any work if the groups or the ranks asked for cannot exist.
     """
     tree = build_tree(np.zeros((num_tasks, num_tasks)), config.groups)
-    for partition in tree:
-        split_rank(config.rank, [len(group) for group in partition])
+    for partition, rank in zip(tree, stage_ranks(config)):
+        split_rank(rank, [len(group) for group in partition])
     return tree if set(config.groups) <= {1, num_tasks} else None
 
 
-def read_baseline(path: str, tasks: list) -> dict:
-    """{task: {metric: value}} from a metrics.json; checked to have every task's metric."""
-    try:
-        baseline = json.loads(Path(path).read_text())["results"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'baseline: {path} is not a readable {{"results": {{task: {{metric: '
-                         f'value}}}}}}: {error!r}') from error
-    delta_m(baseline, baseline, tasks)
+def read_baseline(paths: list[str], tasks: list) -> dict:
+    """{task: {metric: value}} from metrics.json files; checked to have every task's metric."""
+    baseline = {}
+    for path in paths:
+        try:
+            baseline |= json.loads(Path(path).read_text())["results"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f'baseline: {path} is not a readable {{"results": {{task: {{metric: '
+                             f'value}}}}}}: {error!r}') from error
+    delta_m({task.name: {task.metric: 1.0} for task in tasks}, baseline)  # is every task there?
     return baseline
 
 
 # --- the tree -------------------------------------------------------------------------------------
-def read_tree(path: str, task_names: list[str]) -> list[Partition]:
-    """A tree from a file {"tree": [[["semseg", "depth"], ["normals"]], ...]}, checked."""
-    try:
-        stages = json.loads(Path(path).read_text())["tree"]
-        tree = [[tuple(sorted(task_names.index(name) for name in group)) for group in stage]
-                for stage in stages]
-    except OSError as error:
-        raise ValueError(f"tree: cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f'tree: {path} is not {{"tree": [one list of groups a stage]}} with the '
-                         f"tasks {', '.join(task_names)}: {error}") from error
-    check_tree(tree, len(task_names))
-    return tree
+def compute_tree(config: argparse.Namespace, tasks: list, dataset,
+                 device: torch.device) -> tuple[list[Partition], list]:
+    """Train decoders on the frozen backbone, compare gradients, group the tasks (3.1, 3.3, 4.4).
 
-
-def compute_tree(config: argparse.Namespace, tasks: list, dataset, device: torch.device,
-                 out: Path) -> list[Partition]:
-    """Train decoders on the frozen backbone, compare gradients, group the tasks (3.1, 3.3, 4.4)."""
+    Returns the tree and the (T, T) similarities.
+    """
     everything = [tuple(range(len(tasks)))]
     plain = argparse.Namespace(**{**vars(config), "method": "decoders"})
     model = build(plain, tasks, [everything] * len(config.groups)).to(device)
@@ -199,14 +211,7 @@ def compute_tree(config: argparse.Namespace, tasks: list, dataset, device: torch
     finetune_decoders(model, tasks, warped(batches), config.head_lr)
     sim = task_similarity(model, tasks, warped([[i] for i in subset]), config.normalize)
     print(format_similarity(sim, config.tasks))
-    tree = build_tree(sim, config.groups)
-    write_json(out / "tree.json", {"tree": named(tree, config.tasks), "tasks": config.tasks,
-                                   "similarity": sim.tolist()})
-    return tree
-
-
-def named(tree: list[Partition], task_names: list[str]) -> list:
-    return [[[task_names[t] for t in group] for group in stage] for stage in tree]
+    return build_tree(sim, config.groups), sim.tolist()
 
 
 # --- optimisation ---------------------------------------------------------------------------------
@@ -257,11 +262,10 @@ def check_finite(losses: dict[str, float], since: int, step: int) -> None:
                          f"{step}; the checkpoints are from before. Try a lower --lr or --amp off")
 
 
-def is_better(found: dict, best: dict) -> bool:
-    """By delta-m where a baseline was given, else by validation loss."""
-    if "delta_m" in found:
-        return found["delta_m"] > best["delta_m"]
-    return found["loss"] < best["loss"]
+def merit(found: dict) -> float:
+    """How good an evaluation is: delta-m where a baseline was given, else minus the loss."""
+    value = found.get("delta_m", -found["loss"])
+    return -math.inf if math.isnan(value) else value
 
 
 # --- what a run leaves behind ---------------------------------------------------------------------
@@ -286,7 +290,7 @@ def memory_gib(device: torch.device) -> float:
     return peak / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
 
 
-def prepare_out(config: argparse.Namespace) -> tuple[Path, dict | None]:
+def check_out(config: argparse.Namespace) -> tuple[Path, dict | None]:
     """The run's folder, and the state to resume from. Refuses to overwrite another run."""
     out = Path(config.out)
     last = out / "last.pt"
@@ -301,9 +305,11 @@ def prepare_out(config: argparse.Namespace) -> tuple[Path, dict | None]:
             raise ValueError(f"{last} was trained with {'; '.join(differ)}: resume with the same "
                              "flags, or choose another --out")
         return out, state
-    if last.exists() or (out / "log.jsonl").exists():
+    if last.exists():
         raise ValueError(f"{out} already holds a run: continue it with --resume, or choose another "
                          "--out")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; expected a folder, or a name for a new one")
     return out, None
 
 
@@ -320,24 +326,26 @@ def open_log(path: Path, step: int):
 # --- the run --------------------------------------------------------------------------------------
 def run(config: argparse.Namespace) -> None:
     """One run, from the flags to metrics.json. Raises ValueError on anything wrong in its input."""
-    device = torch.device(config.device)
+    device = pick_device(config.device)
     amp = amp_dtype(config.amp, device)
-    tasks = make_tasks(config.tasks, DATASETS[config.dataset].classes)
-    tree = forced_tree(config, len(tasks))
-    if config.tree:
-        tree = read_tree(config.tree, config.tasks)
+    tasks = make_tasks(config.tasks, CLASSES[config.dataset])
+    tree = read_tree(config.tree, config.tasks) if config.tree else None
+    if tree:
+        config.groups = tuple(len(partition) for partition in tree)
+    tree = tree or forced_tree(config, len(tasks))
     baseline = read_baseline(config.baseline, tasks) if config.baseline else None
-    out, resumed = prepare_out(config)
+    out, resumed = check_out(config)
     train_set, val_set = open_dataset(config, "train"), open_dataset(config, "val")
+    out.mkdir(parents=True, exist_ok=True)
     val_batches = ToDevice(loader(val_set, in_order(len(val_set), config.batch_size),
                                   config.workers), device)
-    out.mkdir(parents=True, exist_ok=True)
 
     # Decoders, similarity, tree.
+    similarity = None
     if resumed:
         tree = resumed["tree"]
     elif tree is None:
-        tree = compute_tree(config, tasks, train_set, device, out)
+        tree, similarity = compute_tree(config, tasks, train_set, device)
     print(format_tree(tree, config.tasks), flush=True)
 
     # The network and its ledger.
@@ -348,7 +356,10 @@ def run(config: argparse.Namespace) -> None:
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
     step, best = 0, None
-    if resumed:
+    if not resumed:
+        write_json(out / "tree.json", {"tasks": config.tasks, "similarity": similarity,
+                                       "tree": name_tree(tree, config.tasks)})
+    else:
         load_trained(model, resumed, out / "last.pt")
         optimizer.load_state_dict(resumed["optimizer"])
         scaler.load_state_dict(resumed["scaler"])
@@ -364,7 +375,7 @@ def run(config: argparse.Namespace) -> None:
     for batch in ToDevice(loader(train_set, batches[step:], config.workers), device):
         torch.manual_seed(config.seed * 1_000_003 + step)  # augmentation, dropout and drop path
         image, labels = warp(batch, config.size,
-                             **draw_augmentation(images, config.flip, config.scales))
+                             **draw_augmentation(images, config.flip, config.scales, config.rotate))
         rate = learning_rate(step, len(batches), config.lr, config.warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -392,11 +403,11 @@ def run(config: argparse.Namespace) -> None:
                 found = evaluate(predictor(model, amp), tasks, val_batches, config.size)
                 found |= {"step": step, "epoch": epoch}
                 if baseline:
-                    found["delta_m"] = delta_m(found["results"], baseline, tasks)
+                    found["delta_m"] = delta_m(found["results"], baseline)
                 log.write(json.dumps(found) + "\n")
                 print(f"epoch {epoch}: validation loss {found['loss']:.4f}  " + "  ".join(
                     f"{t.name} {t.metric} {found['results'][t.name][t.metric]:.4f}" for t in tasks))
-                if best is None or is_better(found, best):
+                if best is None or merit(found) > merit(best):
                     best = found
                     save(out / "best.pt", {**state, "best": best})
             save(out / "last.pt", {**state, "best": best, "optimizer": optimizer.state_dict(),
@@ -407,19 +418,23 @@ def run(config: argparse.Namespace) -> None:
     # The table and the pictures, of best.pt.
     load_trained(model, read_checkpoint(out / "best.pt"), out / "best.pt")
     trivial = reference(tasks, val_batches, config.size)
-    write_json(out / "metrics.json", {**best, "reference": trivial, **counts,
-                                      "tree": named(tree, config.tasks)})
+    write_json(out / "metrics.json", {**best, "reference": trivial, **counts, "seed": config.seed,
+                                      "tree": name_tree(tree, config.tasks)})
     draw_samples(out / "predictions.png", predictor(model, amp), tasks, val_set, config.size,
                  device)
     print(f"best epoch {best['epoch']}, {best['images']} validation images\n"
           + format_table(tasks, best["results"], trivial)
           + (f"\ndelta-m {best['delta_m']:+.2f} %" if baseline else "")
-          + f"\nwrote {out}/: metrics.json, predictions.png, best.pt, last.pt, log.jsonl")
+          + f"\nwrote {out}/: metrics.json, predictions.png, tree.json, best.pt, last.pt, "
+          "log.jsonl")
 
 
 def main(argv: list[str] | None = None) -> None:
     try:
         run(parse_arguments(argv))
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; last.pt is of the last whole epoch, continue with --resume"
+                         ) from None
     except (ValueError, OSError) as error:  # bad input; anything else is a bug and shows its trace
         raise SystemExit(f"error: {str(error).strip().splitlines()[-1]}") from error
 

@@ -1,23 +1,53 @@
-"""Where the tests find small real data: TGLORA_DATA names a folder with NYUD_MT_mini.tgz."""
+"""Where the tests find small real data: TGLORA_DATA names a folder of mini archives."""
 
 import os
 from pathlib import Path
 
 import pytest
 
+import eval
+import train
+from files import find_dataset, unpack
+
+COSTS = {}
+
+
+def costs(*flags: str) -> dict:
+    """What `eval.py --cost` counts for these flags; each configuration is built once."""
+    config = train.parse_arguments(list(flags))
+    key = (config.dataset, config.method, *config.tasks, config.groups, config.rank, config.layers,
+           config.tree)
+    if key not in COSTS:
+        COSTS[key] = eval.cost(config)
+    return COSTS[key]
+
+
+def archive(name: str, what: str) -> Path:
+    folder = os.environ.get("TGLORA_DATA")
+    path = Path(folder or "") / name
+    if not folder or not path.is_file():
+        pytest.skip(f"needs real data: set TGLORA_DATA to a folder that holds {name} ({what})")
+    return path
+
 
 @pytest.fixture(scope="session")
 def nyud_archive() -> Path:
-    folder = os.environ.get("TGLORA_DATA")
-    archive = Path(folder or "") / "NYUD_MT_mini.tgz"
-    if not folder or not archive.is_file():
-        pytest.skip("needs real data: set TGLORA_DATA to a folder that holds NYUD_MT_mini.tgz "
-                    "(a few NYUD-v2 images in the layout of NYUD_MT.tgz)")
-    return archive
+    return archive("NYUD_MT_mini.tgz", "a few NYUD-v2 images in the layout of NYUD_MT.tgz")
+
+
+@pytest.fixture(scope="session")
+def pascal_archive() -> Path:
+    return archive("PASCAL_MT_mini.tgz", "a few PASCAL images in the layout of PASCAL_MT.tgz")
 
 
 @pytest.fixture
 def nyud_folder(nyud_archive, tmp_path) -> Path:
     """A fresh unpacked copy that a test may damage."""
-    from data import unpack
-    return next(unpack(nyud_archive, tmp_path / "unpacked").glob("*/gt_sets")).parent
+    return find_dataset("nyud", unpack("nyud", nyud_archive, tmp_path / "unpacked"))
+
+
+@pytest.fixture
+def pascal_folder(pascal_archive, tmp_path, monkeypatch) -> Path:
+    """The same for PASCAL; what is parsed from it is kept in the test's folder."""
+    monkeypatch.setattr("files.CACHE", tmp_path / "cache")
+    return find_dataset("pascal", unpack("pascal", pascal_archive, tmp_path / "unpacked"))

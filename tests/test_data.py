@@ -7,37 +7,34 @@ import threading
 
 import numpy as np
 import pytest
+import scipy.io
 import torch
 from PIL import Image
 
-from data import (
-    NYUD,
-    Rooms,
-    collate,
-    download,
-    draw_augmentation,
-    epoch_batches,
-    find_nyud,
-    loader,
-    unpack,
-    warp,
-)
+from data import PARTS, Files, Rooms, collate, draw_augmentation, epoch_batches, loader, warp
+from files import download, find_dataset, unpack
 from rooms import render_room
 
 TASKS = ["semseg", "depth", "normals"]
+PASCAL = ["semseg", "human_parts", "sal", "normals"]
+
+
+def NYUD(root, split="train"):
+    return Files("nyud", root, split, TASKS)
 
 
 # --- rooms ---
 def test_rooms_are_the_same_everywhere():
-    """Room 3 of the training split, pinned to numbers; splits and indices differ."""
-    room = render_room((0, 0, 3), 24, 32)
+    """Room 0 of the training split, pinned to numbers; splits and indices differ."""
+    room = render_room((0, 0, 0), 24, 32)
     assert room["image"].shape == (3, 24, 32) and room["image"].dtype == torch.uint8
-    assert room["semseg"].flatten().bincount(minlength=6).tolist() == [150, 0, 454, 0, 0, 164]
-    assert room["depth"].mean().item() == pytest.approx(2.98702, abs=1e-4)
-    assert room["image"].float().mean().item() == pytest.approx(125.179, abs=0.02)
+    assert room["semseg"].flatten().bincount(minlength=7).tolist() == [98, 0, 336, 66, 14, 168, 86]
+    assert room["human_parts"].flatten().bincount().tolist() == [682, 9, 27, 9, 7, 19, 15]
+    assert room["depth"].mean().item() == pytest.approx(2.73069, abs=1e-4)
+    assert room["image"].float().mean().item() == pytest.approx(111.214, abs=0.02)
     train, val = (Rooms(s, TASKS, 4, (24, 32)) for s in ("train", "val"))
-    assert torch.equal(train[3]["image"], room["image"])
-    assert not torch.equal(val[3]["image"], room["image"])
+    assert torch.equal(train[0]["image"], room["image"])
+    assert not torch.equal(val[0]["image"], room["image"])
 
 
 def test_depth_and_normals_of_a_room_agree():
@@ -58,6 +55,25 @@ def test_depth_and_normals_of_a_room_agree():
         assert ((n * ray * torch.tensor([1.0, 1, -1])[:, None, None]).sum(0) < 1e-6).all()
 
 
+def test_people_and_salient_objects():
+    """All six parts occur, on persons only; the salient thing is one object."""
+    rooms = [render_room((0, 0, i), 64, 64) for i in range(30)]
+    seen = [set(r["human_parts"].unique().tolist()) for r in rooms]
+    assert {255} in seen and {0, 1, 2, 3, 4, 5, 6} in seen  # a room without a person is ignored
+    for room in rooms:
+        person = (room["human_parts"] > 0) & (room["human_parts"] < 7)
+        assert torch.equal(person, room["semseg"] == 6)
+        found = room["sal"] == 1
+        if found.any():
+            assert found.float().mean() >= 0.01 and len(room["semseg"][found].unique()) == 1
+            assert (room["semseg"][found] > 2).all()
+            for kind in range(3, 7):  # nothing large is nearer
+                others = room["semseg"] == kind
+                if others.float().mean() > 0.05:
+                    assert room["depth"][0][found].mean() < room["depth"][0][others].mean() + 0.2
+    assert 0.6 < sum((r["sal"] == 1).any().item() for r in rooms) / 30 <= 1
+
+
 def warped(room, size, **how):
     image, labels = warp(collate([room]), size, **{k: torch.tensor(v) for k, v in how.items()})
     return image[0], {k: v[0] for k, v in labels.items()}
@@ -70,8 +86,31 @@ def test_flip_equals_rendering_the_mirrored_view():
     image, labels = warped(room, (40, 56), flip=[True])
     expected_image, expected = warped(mirror, (40, 56))
     torch.testing.assert_close(image, expected_image, atol=0.03, rtol=0)
-    for name in TASKS:
+    for name in ("human_parts", "sal", *TASKS):
         torch.testing.assert_close(labels[name], expected[name], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("angle, flip", [(20.0, False), (-13.0, False), (20.0, True)])
+def test_turning_equals_rendering_with_a_rolled_camera(angle, flip):
+    """The same classes, and normals within 2 degrees, where the turned picture has content."""
+    c, s = np.cos(np.deg2rad(angle)), np.sin(np.deg2rad(angle))
+    axes = np.array([[c, s, 0], [-s, c, 0], [0, 0, 1]])
+    if flip:
+        axes = np.diag([-1, 1, 1]) @ axes
+    for i in (0, 6):
+        room = render_room((0, 0, i), 320, 240)  # large: half a pixel of a small ball is degrees
+        rolled = render_room((0, 0, i), 320, 240, axes=axes)
+        image, labels = warped(room, (320, 240), angle=[angle], flip=[flip])
+        inside = labels["semseg"] != 255
+        assert 0.6 < inside.float().mean() < 0.99 and (image[:, ~inside] == 0).all()
+        assert (labels["semseg"] == rolled["semseg"])[inside].float().mean() > 0.96
+        same = inside & (labels["semseg"] == rolled["semseg"])
+        cosine = (labels["normals"] * rolled["normals"]).sum(0)[same]
+        turned = cosine.clamp(-1, 1).acos().rad2deg()
+        flat = labels["semseg"][same] <= 3  # balls and people curve within half a pixel
+        assert turned.mean() < 2 and (turned[flat] < 2).float().mean() > 0.98
+        torch.testing.assert_close(labels["depth"][0][same].median(),
+                                   rolled["depth"][0][same].median(), rtol=0.02, atol=0)
 
 
 @pytest.mark.parametrize("scale", [1.2, 1.5])
@@ -120,11 +159,12 @@ def test_borders_do_not_fade_into_padding():
 def test_augmentation_draws_what_it_says():
     """Scales from the list, about half of the images flipped, and the cut inside the image."""
     torch.manual_seed(0)
-    drawn = draw_augmentation(400, flip=True, scales=(1.0, 1.5))
+    drawn = draw_augmentation(400, flip=True, scales=(1.0, 1.5), rotate=20.0)
     assert set(drawn["scale"].tolist()) == {1.0, 1.5}
     assert 120 < drawn["flip"].sum() < 280
     assert (drawn["centre"].abs().amax(1) + 1 / drawn["scale"] <= 1 + 1e-6).all()
-    assert not draw_augmentation(50, flip=False, scales=(1.0,))["flip"].any()
+    assert 15 < drawn["angle"].abs().max() <= 20 and drawn["angle"].mean().abs() < 3
+    assert not draw_augmentation(50, flip=False, scales=(1.0,), rotate=0.0)["flip"].any()
 
 
 def test_batches_depend_on_seed_and_epoch_alone():
@@ -142,9 +182,9 @@ def test_batches_depend_on_seed_and_epoch_alone():
 def test_real_images_of_three_sizes(nyud_archive, tmp_path, monkeypatch):
     """The archive and the folder give the same samples; encodings are as published."""
     monkeypatch.chdir(tmp_path)
-    root = find_nyud(nyud_archive)
-    assert find_nyud(root) == find_nyud(root.parent) == root
-    train, val = NYUD(root, "train", TASKS), NYUD(root, "val", TASKS)
+    root = find_dataset("nyud", nyud_archive)
+    assert find_dataset("nyud", root) == find_dataset("nyud", root.parent) == root
+    train, val = NYUD(root), NYUD(root, "val")
     assert train.ids == ["433", "834", "1407", "basement_0000"] and val.ids == ["464", "972"]
     sizes = {s["image"].shape[1:] for s in train}
     assert sizes == {(480, 640), (468, 625), (425, 560)}
@@ -160,7 +200,7 @@ def test_real_images_of_three_sizes(nyud_archive, tmp_path, monkeypatch):
 
 def test_the_png_archive_gives_the_same_samples(nyud_folder):
     """NYUDv2.tar.gz keeps images and normals as png: read to 8-bit accuracy, gaps kept as gaps."""
-    before = NYUD(nyud_folder, "train", TASKS)[0]
+    before = NYUD(nyud_folder)[0]
     for path in nyud_folder.glob("normals/*.npy"):
         normals = np.load(path)
         Image.fromarray(((normals + 1) * 127.5).round().astype(np.uint8)).save(
@@ -169,7 +209,7 @@ def test_the_png_archive_gives_the_same_samples(nyud_folder):
     for path in nyud_folder.glob("images/*.jpg"):
         Image.open(path).save(path.with_suffix(".png"))
         path.unlink()
-    after = NYUD(nyud_folder, "train", TASKS)[0]
+    after = NYUD(nyud_folder)[0]
     assert torch.equal(after["image"], before["image"])
     exists = before["normals"].norm(dim=0) > 0.5
     assert torch.equal(after["normals"].norm(dim=0) > 0.5, exists)
@@ -197,12 +237,102 @@ def truncate_image(root):
 def test_damaged_files_are_named(nyud_folder, damage, message):
     damage(nyud_folder)
     with pytest.raises(ValueError, match=message):
-        NYUD(nyud_folder, "train", TASKS)[0]
+        NYUD(nyud_folder)[0]
 
 
 def test_nothing_there_says_where_to_get_it(tmp_path):
     with pytest.raises(ValueError, match="nowhere does not exist.*NYUD_MT.tgz.*https://github.com"):
-        find_nyud(tmp_path / "nowhere")
+        find_dataset("nyud", tmp_path / "nowhere")
+
+
+# --- pascal ---
+def test_pascal_is_read_as_published(pascal_folder):
+    """Four tasks of real images; parts of people only; normals where NYU knows the class."""
+    train, val = (Files("pascal", pascal_folder, split, PASCAL) for split in ("train", "val"))
+    assert train.ids == ["2008_000008", "2008_000009", "2008_000019"] and len(val) == 1
+    person, cow, dogs = train
+    assert person["image"].shape == (3, 442, 500)
+    assert set(person["semseg"].unique().tolist()) == {0, 13, 15}
+    assert set(person["human_parts"].unique().tolist()) == {0, 1, 2, 3, 4, 5, 6}
+    assert (cow["human_parts"] == 255).all() and (dogs["human_parts"] == 255).all()
+    assert set(val[0]["human_parts"].unique().tolist()) == {0, 1, 2, 3, 4, 5}  # no lower leg
+    assert set(dogs["semseg"].unique().tolist()) == {0, 12}  # from semseg/pascal-context
+    assert set(cow["sal"].unique().tolist()) == {0, 1}
+    mat = scipy.io.loadmat(pascal_folder / "human_parts/2008_000008.mat")["anno"][0, 0]
+    for part in mat["objects"][0, 0]["parts"][0]:  # the rider, read the hard way
+        name, mask = part["part_name"][0], part["mask"].astype(bool)
+        values = person["human_parts"][torch.from_numpy(mask)]
+        assert (values == PARTS[name]).float().mean() > 0.5 or name in ("lear", "leye", "lebrow")
+    context = scipy.io.loadmat(pascal_folder / "pascal-context/trainval/2008_000008.mat")
+    valid = person["normals"].norm(dim=0) > 0.5
+    png = np.array(Image.open(pascal_folder / "normals_distill/2008_000008.png")) / 127.5 - 1
+    label = torch.from_numpy(context["LabelMap"].astype(int))
+    assert valid[label == 158].all() and not valid[label == 207].any()  # 158 is NYU's too
+    normal = png / np.linalg.norm(png, axis=-1, keepdims=True)
+    np.testing.assert_allclose(person["normals"].permute(1, 2, 0)[valid], normal[valid], atol=1e-5)
+
+
+def test_matlab_files_are_parsed_once_and_kept_elsewhere(pascal_folder, monkeypatch, capsys):
+    """The second time nothing is parsed, unless a file changed; the dataset stays as it is."""
+    before = sorted(pascal_folder.rglob("*"))
+    first = Files("pascal", pascal_folder, "train", PASCAL)[0]
+    assert "6 of 6 MATLAB files" in capsys.readouterr().out
+    assert sorted(pascal_folder.rglob("*")) == before
+    monkeypatch.setattr("data.read_mat", lambda *a: pytest.fail("parsed again"))
+    again = Files("pascal", pascal_folder, "train", PASCAL)[0]
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    (pascal_folder / "human_parts/2008_000008.mat").touch()
+    with pytest.raises(pytest.fail.Exception, match="parsed again"):
+        Files("pascal", pascal_folder, "train", PASCAL)
+
+
+def save_mat(path, **content):
+    scipy.io.savemat(path, content)
+
+
+def person(*parts):
+    """A person's annotation with parts of (name, mask)."""
+    parts = np.array([(name, mask) for name, mask in parts],
+                     dtype=[("part_name", "O"), ("mask", "O")])
+    return {"objects": {"class": "person", "class_ind": 15, "parts": parts}}
+
+
+ONES = np.ones((442, 500), np.uint8)
+
+
+@pytest.mark.parametrize("name, damage, message", [
+    ("human_parts", lambda p: p.unlink(), "no file human_parts/2008_000008.mat"),
+    ("human_parts", lambda p: save_mat(p, other=1), "has no variable anno; it holds other"),
+    ("human_parts", lambda p: save_mat(p, anno=3), "not an annotation of PASCAL-Part"),
+    ("human_parts", lambda p: save_mat(p, anno=person(("tail", ONES))), "unknown part 'tail'"),
+    ("human_parts", lambda p: save_mat(p, anno=person(("head", ONES), ("nose", ONES[1:]))),
+     r"the mask of nose has shape \(441, 500\), others \(442, 500\)"),
+    ("human_parts", lambda p: save_mat(p, anno=person(("head", ONES[1:]))),
+     r"has shape \(441, 500\), expected \(442, 500\) as its image has"),
+    ("human_parts", lambda p: p.write_bytes(p.read_bytes()[:3000]), "cannot read .*000008.mat"),
+    ("pascal-context/trainval", lambda p: save_mat(p, LabelMap=ONES[1:]),
+     r"has shape \(441, 500\), expected \(442, 500\)"),
+    ("pascal-context/trainval", lambda p: save_mat(p, Labels=ONES), "has no variable LabelMap"),
+])
+def test_damaged_matlab_files_are_named(pascal_folder, name, damage, message):
+    damage(pascal_folder / name / "2008_000008.mat")
+    with pytest.raises(ValueError, match=message):
+        Files("pascal", pascal_folder, "train", PASCAL)[0]
+
+
+def test_bad_splits_and_classes_are_named(pascal_folder):
+    listing = pascal_folder / "ImageSets/Context/train.txt"
+    listing.write_text("2008_000008\n2009_999999\n")
+    with pytest.raises(ValueError, match="no file JPEGImages/2009_999999.jpg"):
+        Files("pascal", pascal_folder, "train", PASCAL)
+    listing.write_text("")
+    with pytest.raises(ValueError, match="train.txt lists no image"):
+        Files("pascal", pascal_folder, "train", PASCAL)
+    with pytest.raises(ValueError, match="pascal has no labels for depth; it has semseg, human_pa"):
+        Files("pascal", pascal_folder, "val", ["depth"])
+    Image.new("L", (500, 375), 33).save(pascal_folder / "semseg/VOC12/2008_000026.png")
+    with pytest.raises(ValueError, match="holds class 33, expected 0 to 20 or 255"):
+        Files("pascal", pascal_folder, "val", PASCAL)[0]
 
 
 # --- archives and downloads ---
@@ -223,7 +353,7 @@ def test_bad_archives_leave_nothing_behind(tmp_path, name):
     if name is None:
         path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(ValueError, match="cannot unpack .*NYUD_MT.tgz"):
-        unpack(path, tmp_path / "into")
+        unpack("nyud", path, tmp_path / "into")
     assert not any((tmp_path / "into").iterdir()) and not (tmp_path / "outside.txt").exists()
 
 
@@ -253,12 +383,12 @@ def test_an_interrupted_download_continues(tmp_path):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Ranges) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
-        with pytest.raises(ValueError, match="run again to continue"):
-            download(url + "/file", tmp_path / "file")
+        with pytest.raises(ValueError, match="run again to continue. Other sources: elsewhere"):
+            download(url + "/file", tmp_path / "file", "elsewhere")
         assert not (tmp_path / "file").exists()
-        download(url + "/file", tmp_path / "file")
+        download(url + "/file", tmp_path / "file", "elsewhere")
         with pytest.raises(ValueError, match="404"):
-            download(url + "/missing", tmp_path / "other")
+            download(url + "/missing", tmp_path / "other", "elsewhere")
         server.shutdown()
     assert (tmp_path / "file").read_bytes() == Ranges.content
     assert Ranges.ranges[1] == f"bytes={len(Ranges.content) // 2}-"

@@ -3,15 +3,8 @@
 import numpy as np
 import pytest
 
-from grouping import (
-    best_partition,
-    build_tree,
-    check_tree,
-    format_tree,
-    merge_groups,
-    parents,
-    score,
-)
+from grouping import (best_partition, build_tree, check_tree, format_tree, merge_groups, parents,
+                      score)
 
 # Gradient cosines on Taskonomy, five tasks: s d n k e.
 S, D, N, K, E = range(5)

@@ -1,9 +1,11 @@
 """model.py: the folded tree equals separate networks; the paper's parameters and MACs, exactly."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import costs
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -71,28 +73,73 @@ def test_only_intended_parameters_are_trained(layers, other):
     assert rest == (expected if other else set())
 
 
-def costs(*flags):
-    return eval.cost(train.parse_arguments(list(flags)))
+PASCAL, NYUD = "semseg,human_parts,sal,normals", "semseg,normals,depth"
+# Tables 1, 2, 5 and 6: dataset, --rank, --layers, trained parameters; the rank of the single-task
+# runs, one a task, that together have as many adapters, and their trained parameters.
+ROWS = [
+    ("pascal", 64, "attn+mlp", 5_288_960, 16, 5_288_960),
+    ("pascal", 64, "attn+mlp+others", 6_888_506, 16, 11_687_144),
+    ("pascal", 64, "attn", 3_200_000, 16, 3_200_000),
+    ("pascal", 32, "attn+mlp", 3_814_400, 8, 3_814_400),
+    ("pascal", 32, "attn+mlp+others", 5_413_946, 8, 10_212_584),
+    ("pascal", 32, "attn", 2_647_040, 8, 2_647_040),
+    ("pascal", 16, "attn+mlp", 3_077_120, 4, 3_077_120),
+    ("pascal", 16, "attn+mlp+others", 4_676_666, 4, 9_475_304),
+    ("pascal", 16, "attn", 2_370_560, 4, 2_370_560),
+    ("nyud", 63, "attn+mlp", 5_932_916, 21, 5_932_916),
+    ("nyud", 63, "attn+mlp+others", 7_532_462, 21, 10_731_554),
+    ("nyud", 63, "attn", 3_150_836, 21, 3_150_836)]
 
 
-@pytest.mark.parametrize("layers, trained", [
-    ("attn+mlp", 5_932_916), ("attn+mlp+others", 7_532_462), ("attn", 3_150_836)])
-def test_nyud_parameters_equal_the_paper(layers, trained):
-    """Tables 2 and 6, and the same for everything shared (MTL-LoRA)."""
-    for groups in ("1,1,2,3", "1,1,1,1"):
-        found = costs("--dataset", "nyud", "--layers", layers, "--groups", groups)
+@pytest.mark.parametrize("dataset, rank, layers, trained, single_rank, single", ROWS)
+def test_parameters_equal_the_papers_rows(dataset, rank, layers, trained, single_rank, single):
+    """TGLoRA and MTL-LoRA (everything shared) are equal; single-task LoRA, summed over its runs."""
+    flags = ["--dataset", dataset, "--layers", layers]
+    for groups in ([], ["--groups", "1,1,1,1"]):
+        found = costs(*flags, "--rank", str(rank), *groups)
         assert found["trainable"] == trained
-        assert found["decoders"] == 1_481_588
+        assert found["decoders"] == {"pascal": 1_946_624, "nyud": 1_481_588}[dataset]
         assert found["others"] == (1_599_546 if "others" in layers else 0)
+    tasks = {"pascal": PASCAL, "nyud": NYUD}[dataset].split(",")
+    assert single == sum(costs(*flags, "--rank", str(single_rank), "--tasks", task)["trainable"]
+                         for task in tasks)
 
 
-@pytest.mark.parametrize("groups, tasks, gmacs", [
-    ("1,1,2,3", "semseg,normals,depth", 34.65), ("1,1,1,1", "semseg,normals,depth", 20.53),
-    ("1,1,1,1", "semseg", 18.56)])
-def test_nyud_macs_equal_table_3(groups, tasks, gmacs):
+def test_full_and_decoder_only_rows():
+    """Decoders only: 1.94 M and 1.48 M, as printed. Full: the sums, which the paper's are not."""
+    assert costs("--dataset", "pascal", "--method", "decoders")["trainable"] == 1_946_624
+    assert costs("--dataset", "nyud", "--method", "decoders")["trainable"] == 1_481_588
+    full = costs("--dataset", "pascal", "--method", "full")
+    assert full["trainable"] == full["total"] == 27_517_818 + 1_946_624
+
+
+@pytest.mark.parametrize("dataset, groups, tasks, gmacs", [
+    ("nyud", "1,1,2,3", NYUD, 34.65), ("nyud", "1,1,1,1", NYUD, 20.53),
+    ("nyud", "1,1,1,1", "semseg", 18.56), ("pascal", "1,1,1,1", "semseg", 18.49),
+    ("pascal", "1,1,1,1", PASCAL, 21.47), ("pascal", "1,2,3,4", PASCAL, 49.95),
+    ("pascal", "1,1,2,4", PASCAL, 38.37), ("pascal", "1,2,2,4", PASCAL, 41.38)])
+def test_macs_equal_table_3_and_section_9(dataset, groups, tasks, gmacs):
     """Linear and convolution layers without adapters, within 0.3 %."""
-    found = costs("--dataset", "nyud", "--groups", groups, "--tasks", tasks, "--rank", "63")
+    found = costs("--dataset", dataset, "--groups", groups, "--tasks", tasks)
     assert found["macs_linear_conv"] / 1e9 == pytest.approx(gmacs, rel=0.003)
+
+
+def test_the_papers_group_counts_are_the_default():
+    """Section 4.4: task-specific last, one group less a stage before, first stage shared."""
+    assert train.parse_arguments(["--dataset", "pascal"]).groups == (1, 2, 3, 4)
+    assert train.parse_arguments(["--dataset", "nyud"]).groups == (1, 1, 2, 3)
+    assert train.parse_arguments(["--tasks", "depth"]).groups == (1, 1, 1, 1)
+    assert train.parse_arguments(["--tasks", "a,b,c,d,e"]).groups == (1, 3, 4, 5)
+
+
+def test_a_tree_from_a_file_has_its_cost(tmp_path):
+    """Table 4's swapped groups, by name, in whatever order the tasks are."""
+    path = tmp_path / "tree.json"
+    path.write_text(json.dumps({"tree": [
+        [["depth", "semseg", "normals"]], [["depth", "semseg", "normals"]],
+        [["normals"], ["depth", "semseg"]], [["normals"], ["depth"], ["semseg"]]]}))
+    found = costs("--dataset", "nyud", "--tree", str(path))
+    assert found == costs("--dataset", "nyud")
 
 
 def test_all_macs_equal_pytorchs_counter():

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import costs
 
 import eval
 
@@ -38,6 +39,28 @@ def test_the_cost_shown_is_the_cost_printed(capsys):
     assert capsys.readouterr().out in README
 
 
+NUMBER = r"([\d.]+)"
+ROWS = re.findall(rf"^\| ([^|]+) \| (`[^|]*`|) \| {NUMBER} \| {NUMBER}, {NUMBER} \| [^|]* \|"
+                  rf" {NUMBER} \|", README, re.M)
+NOT_REPRODUCED = {"single-task full", "multi-task full", "decoders only"}
+
+
+def test_the_papers_rows_are_what_the_flags_give():
+    """Parameters and GMACs of every row, summed over the runs of single-task rows."""
+    dataset, tasks = "pascal", "semseg human_parts sal normals".split()
+    assert len(ROWS) == 32
+    for name, flags, trained, macs, all_macs, paper in ROWS:
+        if name == "single-task full" and trained.startswith("84"):
+            dataset, tasks = "nyud", "semseg normals depth".split()
+        runs = [flags.strip("`").replace("TASK", task).split() for task in
+                (tasks if "TASK" in flags else [""])]
+        found = [costs("--dataset", dataset, *run) for run in runs]
+        for key, shown, unit in (("trainable", trained, 1e6), ("macs_linear_conv", macs, 1e9),
+                                 ("macs_all", all_macs, 1e9)):
+            assert f"{sum(f[key] for f in found) / unit:.2f}" == shown, (dataset, name, flags)
+        assert trained == paper or name in NOT_REPRODUCED, (dataset, name, flags)
+
+
 def test_the_list_of_files_is_complete_and_its_sizes_are_right():
     """Every module is in the reading order, with its length to the nearest ten lines."""
     listed = dict(re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", README, re.M))
@@ -51,6 +74,6 @@ def test_bad_input_exits_with_one_line_and_an_error_code():
     done = subprocess.run([sys.executable, ROOT / "train.py", "--dataset", "nyud", "--data-root",
                            "nowhere"], capture_output=True, text=True, cwd=ROOT / "tests")
     assert done.returncode == 1
-    assert done.stderr.startswith("error: NYUD: nowhere does not exist")
+    assert done.stderr.startswith("error: nyud: nowhere does not exist")
     assert done.stderr.count("\n") == 1
     assert not (ROOT / "tests/runs").exists()

@@ -1,11 +1,13 @@
 """tasks.py: losses and metrics against slow, direct definitions."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
-from tasks import Depth, Normals, SemSeg, delta_m, make_tasks
+from tasks import Depth, Normals, Saliency, Segmentation, delta_m, make_tasks
 
 
 def random_labels(seed, B=3, H=5, W=6, classes=4):
@@ -58,6 +60,77 @@ def test_metrics_equal_their_definitions():
         assert task.metrics(pieces) == pytest.approx(task.metrics(whole), rel=1e-12)
 
 
+def saliency_directly(preds, labels):
+    """Image by image and threshold by threshold, with sets of pixels."""
+    ious, fs = [], []
+    for k in range(15):
+        scores = []
+        for pred, label in zip(preds, labels):
+            pixels = [(y, x) for y in range(5) for x in range(6) if label[y, x] != 255]
+            if not pixels:
+                continue
+            found = {p for p in pixels if 1 / (1 + math.exp(-pred[0][p])) >= 0.2 + 0.05 * k}
+            truth = {p for p in pixels if label[p] == 1}
+            both = len(found & truth)
+            scores.append((both / len(found | truth) if found | truth else 1,
+                           both / len(found) if found else float(not truth),
+                           both / len(truth) if truth else 1))
+        iou, precision, recall = (sum(s[i] for s in scores) / len(scores) for i in range(3))
+        ious.append(iou)
+        fs.append(1.3 * precision * recall / (0.3 * precision + recall))
+    return {"mIoU": max(ious), "maxF": max(fs)}
+
+
+def test_saliency_equals_its_definition():
+    """Best threshold of the mean IoU of images; one has no truth, one no valid pixel."""
+    g = torch.Generator().manual_seed(3)
+    label = (torch.rand(5, 5, 6, generator=g) < 0.4).long()
+    label[torch.rand(5, 5, 6, generator=g) < 0.2] = 255
+    label[1] = 255
+    label[2][label[2] == 1] = 0
+    pred = torch.randn(5, 1, 5, 6, generator=g) + 2 * (label[:, None] == 1)
+    pred[2] = -9
+    task = Saliency()
+    expected = saliency_directly(pred.numpy(), label.numpy())
+    assert task.metrics(task.sums(pred, label)) == pytest.approx(expected, rel=1e-5)
+    pieces = sum(task.sums(pred[i:i + 1], label[i:i + 1]) for i in (3, 1, 4, 0, 2))
+    assert task.metrics(pieces) == pytest.approx(expected, rel=1e-5)
+    total = 0
+    n, positive = int((label != 255).sum()), int((label == 1).sum())
+    for p, y in zip(pred[label[:, None] != 255].tolist(), label[label != 255].tolist()):
+        q = 1 / (1 + math.exp(-p))
+        total -= (n - positive) / n * math.log(q) if y else positive / n * math.log(1 - q)
+    assert task.loss(pred, label).item() == pytest.approx(total / n, rel=1e-4)
+
+
+def test_empty_masks_have_defined_scores():
+    """Nothing to find and nothing found is 1; something found then, or something missed, is 0."""
+    task, empty = Saliency(), torch.zeros(1, 4, 4, dtype=torch.long)
+    low, high = torch.full((1, 1, 4, 4), -9.0), torch.full((1, 1, 4, 4), 9.0)
+    assert task.metrics(task.sums(low, empty)) == {"mIoU": 1, "maxF": pytest.approx(1)}
+    assert task.metrics(task.sums(high, empty))["mIoU"] == 0
+    assert task.metrics(task.sums(low, empty + 1)) == {"mIoU": 0, "maxF": 0}
+    assert task.metrics(task.sums(high, empty + 1)) == {"mIoU": 1, "maxF": pytest.approx(1)}
+
+
+@pytest.mark.parametrize("name", ["semseg", "human_parts", "sal", "depth", "normals"])
+def test_nothing_valid_and_predictions_of_nan_give_nan(name):
+    """Never a number that looks like a result; a NaN under an invalid pixel does not matter."""
+    task = make_tasks([name], 4)[0]
+    label = torch.ones(2, 3, 4, 4) if name == "normals" else (
+        torch.ones(2, 1, 4, 4) if name == "depth" else torch.ones(2, 4, 4, dtype=torch.long))
+    invalid = 0 if name in ("depth", "normals") else 255
+    label[1] = invalid
+    pred = torch.randn(2, task.outputs, 4, 4)
+    sums = task.sums(pred, label)
+    nothing = task.metrics(task.sums(pred, torch.full_like(label, invalid)))
+    pred[1, 0, 0, 0] = math.nan
+    assert task.metrics(task.sums(pred, label)) == task.metrics(sums)
+    pred[0, 0, 0, 0] = math.nan
+    for found in (nothing, task.metrics(task.sums(pred, label))):
+        assert all(math.isnan(value) for value in found.values())
+
+
 def test_losses_look_at_valid_pixels_only():
     """Equal to the mean over valid pixels; 0, and no gradient, when there are none."""
     preds, labels, valid = random_labels(1)
@@ -80,7 +153,7 @@ def test_losses_look_at_valid_pixels_only():
 
 def test_a_class_that_never_occurs_does_not_count():
     """mIoU is over classes in truth or prediction; one predicted wrongly everywhere counts as 0."""
-    task = SemSeg(5)
+    task = Segmentation("semseg", 5, 1.0)
     label = torch.tensor([[[0, 0, 1, 255]]])
     pred = torch.nn.functional.one_hot(torch.tensor([[[0, 0, 2, 3]]]), 5).movedim(-1, 1).float()
     assert task.metrics(task.sums(pred, label))["mIoU"] == pytest.approx(1 / 3)
@@ -88,7 +161,7 @@ def test_a_class_that_never_occurs_does_not_count():
 
 def test_best_constants():
     """Majority class, mean depth, and a direction that no other candidate beats."""
-    assert SemSeg(3).best_constant(torch.tensor([2, 1, 2, 0])).argmax() == 2
+    assert Segmentation("semseg", 3, 1.0).best_constant(torch.tensor([2, 1, 2, 0])).argmax() == 2
     assert Depth().best_constant(torch.tensor([1.0, 3.0])) == 2
     walls = torch.tensor([[0.0, 0, 1]] * 6 + [[0.0, -1, 0]] * 3)
     found = Normals().best_constant(walls)
@@ -97,14 +170,28 @@ def test_best_constants():
 
 
 def test_delta_m_is_equation_7():
-    """The paper's own table 1: TGLoRA attn+mlp+others against single-task training, +4.50."""
-    semseg, normals = SemSeg(21), Normals()
+    """The mean of relative gains, better up or down, over the tasks that there are."""
     results = {"semseg": {"mIoU": 70.53}, "normals": {"mean": 16.43}}
     single = {"semseg": {"mIoU": 67.21}, "normals": {"mean": 17.97}}
     expected = 50 * ((70.53 - 67.21) / 67.21 - (16.43 - 17.97) / 17.97)
-    assert delta_m(results, single, [semseg, normals]) == pytest.approx(expected)
+    assert delta_m(results, single) == pytest.approx(expected)
+    assert delta_m({"semseg": {"mIoU": 70.53}}, single) == pytest.approx(332 / 67.21)
     with pytest.raises(ValueError, match="no mean of normals"):
-        delta_m(results, {"semseg": {"mIoU": 1.0}}, [semseg, normals])
+        delta_m(results, {"semseg": {"mIoU": 1.0}})
+    for bad in (0, "x", None):
+        with pytest.raises(ValueError, match="no mIoU of semseg, or not a number"):
+            delta_m(results, {**single, "semseg": {"mIoU": bad}})
+
+
+def test_the_papers_own_table_gives_its_delta_m():
+    """Table 1 against the baseline that is shipped: +4.50 for TGLoRA, all four tasks."""
+    baseline = json.loads((Path(__file__).parent.parent / "baselines/pascal.json").read_text())
+    ours = {"semseg": {"mIoU": 0.7053}, "human_parts": {"mIoU": 0.6096}, "sal": {"mIoU": 0.6612},
+            "normals": {"mean": 16.43}}
+    assert delta_m(ours, baseline["results"]) == pytest.approx(4.50, abs=0.01)
+    baseline = json.loads((Path(__file__).parent.parent / "baselines/nyud.json").read_text())
+    ours = {"semseg": {"mIoU": 0.4184}, "normals": {"mean": 24.38}, "depth": {"rmse": 0.6177}}
+    assert delta_m(ours, baseline["results"]) == pytest.approx(0.24, abs=0.03)
 
 
 def test_unknown_and_repeated_tasks_are_refused():

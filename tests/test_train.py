@@ -59,7 +59,7 @@ def test_evaluation_of_a_checkpoint_repeats_the_runs_numbers(rooms_run, capsys):
     """eval.py prints the results of metrics.json again; --native works on the same data."""
     capsys.readouterr()
     eval.main(["--checkpoint", str(rooms_run / "best.pt"), "--json", "--device", "cpu"])
-    again = json.loads(capsys.readouterr().out.splitlines()[-1])
+    again = json.loads(capsys.readouterr().out)
     metrics = json.loads((rooms_run / "metrics.json").read_text())
     for task, values in metrics["results"].items():
         assert again["results"][task] == pytest.approx(values, rel=1e-6)
@@ -71,7 +71,8 @@ def test_evaluation_of_a_checkpoint_repeats_the_runs_numbers(rooms_run, capsys):
 def test_a_saved_tree_replaces_the_similarity_and_gives_the_same_run(rooms_run, tmp_path, capsys):
     """--tree FILE: nothing is computed, and the training is bit for bit the same."""
     run("--out", tmp_path / "again", "--tree", rooms_run / "tree.json")
-    assert "similarity" not in capsys.readouterr().out
+    assert "similarity:" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "again/tree.json").read_text())["similarity"] is None
     first, again = (torch.load(p / "best.pt", weights_only=True)["model"]
                     for p in (rooms_run, tmp_path / "again"))
     assert all(torch.equal(first[k], again[k]) for k in first)
@@ -86,7 +87,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(rooms_run, tmp_path, monkeyp
         if path.name == "last.pt":
             raise KeyboardInterrupt
     monkeypatch.setattr(train, "save", save_and_stop)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="continue with --resume"):
         run("--out", out)
     with open(out / "log.jsonl", "a") as log:
         log.write('{"step": 3, "lost": true}\n')  # a step that came after the checkpoint
@@ -147,8 +148,7 @@ def test_best_is_by_delta_m_where_a_baseline_is_given(rooms_run, tmp_path, capsy
 
 def test_a_backbone_can_be_exported_and_used(tmp_path):
     """--method full trains it, --export-backbone writes it, --weights loads it."""
-    run("--method", "full", "--tasks", "semseg", "--groups", "1,1,1,1",
-        "--out", tmp_path / "full")
+    run("--method", "full", "--tasks", "semseg", "--out", tmp_path / "full")
     eval.main(["--checkpoint", str(tmp_path / "full/best.pt"),
                "--export-backbone", str(tmp_path / "backbone.pth")])
     run("--weights", tmp_path / "backbone.pth", "--out", tmp_path / "run")
@@ -172,6 +172,38 @@ def test_real_images_train_evaluate_and_predict(nyud_archive, tmp_path, monkeypa
     eval.main(["--checkpoint", "runs/nyud/best.pt", "--image", str(photo), "--device", "cpu"])
     from PIL import Image
     assert Image.open("runs/nyud/464.predicted.png").size == (4 * 640 + 5 * 2, 480 + 2 * 2)
+
+
+def test_pascal_trains_all_four_tasks(pascal_archive, tmp_path, monkeypatch):
+    """From the archive: two of three images have no person, and still count for the rest."""
+    monkeypatch.chdir(tmp_path)
+    train.main(["--dataset", "pascal", "--data-root", str(pascal_archive), "--weights", "none",
+                "--backbone", "mini", "--epochs", "6", "--batch-size", "1", "--size", "96",
+                "--head-epochs", "1", "--device", "cpu", "--lr", "1e-3", "--eval-every", "6"])
+    metrics = json.loads(open("runs/pascal/metrics.json").read())
+    assert set(metrics["results"]) == {"semseg", "human_parts", "sal", "normals"}
+    assert all(np.isfinite(v) for r in metrics["results"].values() for v in r.values())
+    assert [len(stage) for stage in metrics["tree"]] == [1, 2, 3, 4]
+    lines = [json.loads(line)["loss"] for line in open("runs/pascal/log.jsonl") if '"lr"' in line]
+    assert all(lines[-1][task] < lines[0][task] for task in ("semseg", "normals"))
+
+
+def test_five_tasks_in_one_command(tmp_path, capsys):
+    """Similarity, tree, training; then the same with a deliberately bad tree from a file."""
+    five = ["semseg", "depth", "normals", "human_parts", "sal"]
+    flags = ["--tasks", ",".join(five), "--rank", "10", "--epochs", "1"]
+    run(*flags, "--out", tmp_path / "run")
+    saved = json.loads((tmp_path / "run/tree.json").read_text())
+    assert [len(stage) for stage in saved["tree"]] == [1, 3, 4, 5]
+    assert np.array(saved["similarity"]).shape == (5, 5)
+    assert "stage 4   {semseg} {depth} {normals} {human_parts} {sal}" in capsys.readouterr().out
+    bad = [[five], [["semseg", "normals"], ["depth", "human_parts", "sal"]],
+           [["semseg", "normals"], ["depth"], ["human_parts", "sal"]], [[t] for t in five]]
+    path = write_tree(tmp_path / "bad.json", bad)
+    run(*flags, "--out", tmp_path / "bad", "--tree", path)
+    metrics = json.loads((tmp_path / "bad/metrics.json").read_text())
+    assert metrics["tree"] == bad and set(metrics["results"]) == set(five)
+    assert "stage 3   {semseg, normals} {depth} {human_parts, sal}" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -205,20 +237,39 @@ ALL = ["semseg", "depth", "normals"]
     (["--weights", "nowhere.pth"], "no file nowhere.pth"),
     (["--tree", "nowhere.json"], "cannot read nowhere.json"),
     (["--baseline", "nowhere.json"], "nowhere.json"),
-    (["--dataset", "nyud", "--data-root", "nowhere"], "NYUD: nowhere does not exist"),
+    (["--dataset", "nyud", "--data-root", "nowhere"], "nyud: nowhere does not exist"),
+    (["--device", "gpu"], "--device gpu cannot be used here"),
+    (["--weights", "imagenet"], "none from imagenet for backbone mini"),
+    (["--dataset", "nyud", "--data-root", __file__], "cannot unpack"),
 ])
 def test_bad_flags_are_one_line_errors(tmp_path, flags, message):
     assert message in refused(*flags, "--out", tmp_path / "run")
     assert not (tmp_path / "run/last.pt").exists()
 
 
+@pytest.mark.parametrize("flag, value", [
+    ("--size", "abc"), ("--size", "0"), ("--lr", "-1"), ("--dropout", "1.5"), ("--rank", "0"),
+    ("--scales", "0"), ("--scales", "a:b"), ("--groups", "a"), ("--epochs", "0")])
+def test_impossible_values_are_usage_errors(flag, value, capsys):
+    """argparse's usage, naming the flag; exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        train.main([f"{flag}={value}"])
+    assert stop.value.code == 2 and flag in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_out_must_be_a_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert str(tmp_path / "file") in refused("--out", tmp_path / "file")
+
+
 @pytest.mark.parametrize("stages, message", [
     ([[ALL], [["semseg", "depth"], ["normals"]], [["semseg", "normals"], ["depth"]],
       [[t] for t in ALL]], "not nested"),
     ([[ALL], [ALL], [["semseg"], ["depth"]], [[t] for t in ALL]], "each of the 3 tasks exactly"),
-    ([[ALL], [ALL], [["semseg", "depth"], ["edges"]], [[t] for t in ALL]], "edges"),
+    ([[ALL], [ALL], [["semseg", "depth"], ["edges"]], [[t] for t in ALL]],
+     "is for other tasks: edges not among"),
     ([[ALL], [ALL]], "2 stages, but the backbone has 4"),
-    ("semseg", "with the tasks semseg, depth, normals"),
+    (3, "is not {"),
 ])
 def test_bad_trees_are_refused(tmp_path, stages, message):
     """Not nested, a task missing or unknown, too few stages, not a tree at all."""
@@ -241,7 +292,10 @@ def test_resuming_with_another_configuration_is_refused(rooms_run):
 
 def test_bad_checkpoints_are_refused(rooms_run, tmp_path):
     """Missing, cut short, not ours, from another backbone, with a weight missing."""
-    assert "no checkpoint" in refused("--checkpoint", tmp_path / "none.pt", by=eval)
+    assert "no checkpoint file" in refused("--checkpoint", tmp_path / "none.pt", by=eval)
+    assert "no checkpoint file" in refused("--checkpoint", tmp_path, by=eval)
+    assert "only --method full" in refused("--checkpoint", rooms_run / "best.pt",
+                                           "--export-backbone", tmp_path / "b.pth", by=eval)
     good = rooms_run / "best.pt"
     bad = tmp_path / "bad.pt"
     bad.write_bytes(good.read_bytes()[:5000])
