@@ -11,7 +11,8 @@ import scipy.io
 import torch
 from PIL import Image
 
-from data import PARTS, Files, Rooms, collate, draw_augmentation, epoch_batches, loader, warp
+from data import (NYU_CLASSES, PARTS, Files, Rooms, collate, draw_augmentation, epoch_batches,
+                  loader, warp)
 from files import download, find_dataset, unpack
 from rooms import render_room
 
@@ -267,6 +268,7 @@ def test_pascal_is_read_as_published(pascal_folder):
     valid = person["normals"].norm(dim=0) > 0.5
     png = np.array(Image.open(pascal_folder / "normals_distill/2008_000008.png")) / 127.5 - 1
     label = torch.from_numpy(context["LabelMap"].astype(int))
+    assert len(set(NYU_CLASSES)) == 170
     assert valid[label == 158].all() and not valid[label == 207].any()  # 158 is NYU's too
     normal = png / np.linalg.norm(png, axis=-1, keepdims=True)
     np.testing.assert_allclose(person["normals"].permute(1, 2, 0)[valid], normal[valid], atol=1e-5)
