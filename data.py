@@ -11,7 +11,7 @@ not. Rendering is in rooms.py, archives and file formats are in files.py. Data: 
 import os
 import zlib
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +83,7 @@ def read_normals(path: Path) -> np.ndarray:
 
 def read_pascal_normals(path: Path, context: Path) -> np.ndarray:
     """Distilled normals, valid on the classes that their teacher, trained on NYU, knows."""
-    value, known = read_normals(path), read_image(parsed(context, known_to_nyu), None)
+    value, known = read_normals(path), read_image(parsed(context), None)
     if known.shape != value.shape[:2]:
         raise ValueError(f"{context} has shape {known.shape}, expected {value.shape[:2]} as {path}")
     return value * known[..., None]
@@ -91,7 +91,7 @@ def read_pascal_normals(path: Path, context: Path) -> np.ndarray:
 
 def read_parts(path: Path) -> np.ndarray | None:
     """0 is background, 1..6 the parts; None where nobody is to be seen."""
-    parts = read_image(parsed(path, human_parts), None)
+    parts = read_image(parsed(path), None)
     return parts if parts.any() else None
 
 
@@ -140,8 +140,12 @@ def known_to_nyu(path: Path) -> np.ndarray:
     return np.isin(read_mat(path, "LabelMap"), NYU_CLASSES).astype(np.uint8)
 
 
-def parsed(path: Path, make: Callable[[Path], np.ndarray]) -> Path:
-    """make(path) as a small png, computed once, outside the dataset."""
+PARSERS = {"human_parts": human_parts, "trainval": known_to_nyu}  # by the .mat file's folder
+
+
+def parsed(path: Path) -> Path:
+    """What a .mat file says, as a small png, computed once, outside the dataset."""
+    make = PARSERS[path.parent.name]
     key = zlib.crc32(str(path.parent.resolve()).encode())
     kept = files.CACHE / f"{make.__name__}-{key:08x}" / f"{path.stem}.png"
     if not kept.is_file() or kept.stat().st_mtime < path.stat().st_mtime:
@@ -189,7 +193,7 @@ class Files(Dataset):
                        for kind, (_, *places) in self.readers.items()} for id in self.ids]
         mats = [p for paths in self.paths for p in sum(paths.values(), []) if p.suffix == ".mat"]
         for i, path in enumerate(mats, 1):  # these are slow: now and once
-            parsed(path, human_parts if path.parent.name == "human_parts" else known_to_nyu)
+            parsed(path)
             progress(f"{name} {split}: {i} of {len(mats)} MATLAB files", i == len(mats))
 
     def find(self, alternatives: Sequence[str], id: str) -> Path:
@@ -303,7 +307,6 @@ def warp(batch: dict[str, Tensor], size: Sequence[int], flip: Tensor | None = No
         c, s = (f(angle.to(device).deg2rad()) for f in (torch.cos, torch.sin))
         turn = torch.stack([torch.stack([c, -s], 1), torch.stack([s, c], 1)], 1)
     if flip is not None:
-        turn = turn.clone()
         turn[:, :, 0] *= (1 - 2 * flip.to(device).float())[:, None]
     y, x = (torch.arange(n, device=device).add(0.5).mul(2 / n).sub(1) for n in size)
     grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)  # (h, w, 2): x, y in -1..1

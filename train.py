@@ -32,6 +32,7 @@ from grouping import Partition, build_tree, format_tree, name_tree, read_tree
 from model import (MultiTaskNet, amp_dtype, build, fingerprint, ledger, pick_device, stage_ranks,
                    trained_state)
 from similarity import finetune_decoders, format_similarity, task_similarity
+from table import read_results
 from tasks import delta_m, make_tasks
 from tglora import split_rank
 
@@ -177,11 +178,7 @@ def read_baseline(paths: list[str], tasks: list) -> dict:
     """{task: {metric: value}} from metrics.json files; checked to have every task's metric."""
     baseline = {}
     for path in paths:
-        try:
-            baseline |= json.loads(Path(path).read_text())["results"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f'baseline: {path} is not a readable {{"results": {{task: {{metric: '
-                             f'value}}}}}}: {error!r}') from error
+        baseline |= read_results(Path(path))["results"]
     delta_m({task.name: {task.metric: 1.0} for task in tasks}, baseline)  # is every task there?
     return baseline
 
@@ -196,8 +193,7 @@ def compute_tree(config: argparse.Namespace, tasks: list, dataset,
     everything = [tuple(range(len(tasks)))]
     plain = argparse.Namespace(**{**vars(config), "method": "decoders"})
     model = build(plain, tasks, [everything] * len(config.groups)).to(device)
-    subset = epoch_batches(len(dataset), 1, 1, config.seed)[:config.sim_images]
-    subset = [i for batch in subset for i in batch]
+    subset = epoch_batches(len(dataset), len(dataset), 1, config.seed)[0][:config.sim_images]
     print(f"similarity: decoders trained on {len(subset)} images for {config.head_epochs} epochs, "
           f"then gradients of {len(subset)} examples", flush=True)
     batches = [[subset[i] for i in batch] for batch in
