@@ -58,7 +58,7 @@ class MultiTaskNet(nn.Module):
         maps = []
         for stage, parent in zip(self.backbone.layers, self.parents):
             if len(parent) * B > len(x):  # the tree branches here
-                x = x.unflatten(0, (-1, B))[parent].flatten(0, 1)  # (G*B, h, w, c)
+                x = torch.cat([x.split(B)[p] for p in parent])  # (G*B, h, w, c)
             x = stage(x)
             maps.append(x.unflatten(0, (-1, B)))  # (G, B, h, w, c)
         return {name: decoder([m[g] for m, g in zip(maps, self.group_of[name])], image.shape[2:])

@@ -49,16 +49,16 @@ def relative_position_index(window: int) -> Tensor:
 @lru_cache(maxsize=64)
 def shift_mask(H: int, W: int, window: int, shift: tuple[int, int], device: torch.device) -> Tensor:
     """Additive mask (N, L, L): -100 between tokens that only the cyclic shift made neighbours."""
-    region = torch.zeros(H, W)
+    region = torch.zeros(H, W, device=device)
     for axis, (size, s) in enumerate(zip((H, W), shift)):
         if s:
-            label = torch.zeros(size)
+            label = torch.zeros(size, device=device)
             label[size - window:size - s] = 1
             label[size - s:] = 2
             region += label[:, None] * 3 if axis == 0 else label
     region = to_windows(region[None, ..., None], window)[0, ..., 0]  # (N, L)
     different = region[:, :, None] != region[:, None, :]  # (N, L, L)
-    return (different * -100.0).to(device)
+    return different * -100.0
 
 
 def to_windows(x: Tensor, window: int) -> Tensor:
@@ -88,17 +88,16 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """x (B, N, L, C), mask (N, L, L) or None -> (B, N, L, C)."""
         B, N, L, C = x.shape
-        qkv = self.qkv(x).view(B, N, L, 3, self.num_heads, -1)
-        # Windows and heads share one axis: then one mask serves every image, by broadcasting.
-        q, k, v = qkv.permute(3, 0, 1, 4, 2, 5).flatten(2, 3)  # 3 x (B, N*h, L, C/h)
+        q, k, v = self.qkv(x).view(B * N, L, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         bias = self.relative_position_bias_table[self.index].permute(2, 0, 1)  # (h, L, L)
-        if mask is None:
-            bias = bias.expand(N, -1, -1, -1)
-        else:
-            bias = bias + mask[:, None]  # (N, h, L, L)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.reshape(1, -1, L, L).to(q.dtype))
-        x = x.unflatten(1, (N, -1)).transpose(2, 3).flatten(3)  # (B, N, L, C)
-        return self.proj(x)
+        bias = bias.to(q.dtype)[None]  # one for all windows, or with a mask (B*N, h, L, L)
+        if mask is not None:
+            bias = (bias + mask[:, None].to(q.dtype)).repeat(B, 1, 1, 1)
+        if bias.requires_grad:  # the fused kernels' gradient of a bias is slow, on GPUs not safe
+            x = (q @ k.mT * q.shape[-1] ** -0.5 + bias).softmax(-1).to(v.dtype) @ v
+        else:  # the same, fused
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return self.proj(x.transpose(1, 2).reshape(B, N, L, C))  # x was (B*N, h, L, C/h)
 
 
 class Mlp(nn.Module):

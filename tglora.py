@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 LAYERS = {"attn": ("attn.qkv", "attn.proj"),
           "attn+mlp": ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
@@ -49,20 +50,25 @@ class TGLoRALinear(nn.Module):
         self.lora_B = nn.ParameterList(torch.zeros(d, r, **new) for r in ranks)  # starts as W x
         for A in self.lora_A:
             nn.init.kaiming_uniform_(A, a=5 ** 0.5)  # as nn.Linear does, and LoRA with it
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
 
     def forward(self, x: Tensor) -> Tensor:
         """x (G*B, ..., k), groups one after another -> (G*B, ..., d)."""
         if len(x) % len(self.ranks):
             raise ValueError(f"TGLoRALinear: a batch of {len(x)} does not divide into "
                              f"{len(self.ranks)} groups")
-        if self.merged:
-            groups = zip(x.chunk(len(self.ranks)), self.weight)
-            return torch.cat([F.linear(x_g, W_g, self.bias) for x_g, W_g in groups])
+        G, (d, k) = len(self.ranks), self.weight.shape[-2:]
+        if self.merged:  # y_g = W_g x_g + bias
+            bias = 0 if self.bias is None else self.bias
+            return (x.reshape(G, -1, k) @ self.weight.mT + bias).view(*x.shape[:-1], d)
         y = F.linear(x, self.weight, self.bias)
-        x = self.dropout(x).chunk(len(self.ranks))
-        update = [F.linear(F.linear(x_g, A), B) for x_g, A, B in zip(x, self.lora_A, self.lora_B)]
-        return y + self.scale * torch.cat(update)  # eq. 4
+        if self.training and self.dropout:  # nn.Dropout would keep a mask of floats on the CPU
+            x = torch.native_dropout(x, self.dropout, True)[0]
+        # All groups in one product: ranks that differ are padded with zeros.
+        A = pad_sequence(list(self.lora_A), batch_first=True)  # (G, r, k)
+        B = pad_sequence([B.T for B in self.lora_B], batch_first=True)  # (G, r, d)
+        Ax = x.reshape(G, -1, k) @ A.mT  # (G, N, r)
+        return torch.baddbmm(y.view(G, -1, d), Ax, B, alpha=self.scale).view(y.shape)  # eq. 4
 
     @torch.no_grad()
     def merge(self) -> None:
