@@ -270,10 +270,6 @@ def loader(dataset: Dataset, batches: list[list[int]], workers: int = 0) -> Data
                       pin_memory=torch.cuda.is_available())
 
 
-def in_order(length: int, batch_size: int) -> list[list[int]]:
-    return [list(range(i, min(i + batch_size, length))) for i in range(0, length, batch_size)]
-
-
 # --- the warp -----------------------------------------------------------------------------------
 def draw_augmentation(B: int, flip: bool, scales: Sequence[float],
                       rotate: float) -> dict[str, Tensor]:
@@ -299,27 +295,32 @@ def warp(batch: dict[str, Tensor], size: Sequence[int], flip: Tensor | None = No
     Returns the image (B, 3, h, w), normalised, and the labels, as tasks.py wants them.
     """
     device, B = batch["image"].device, len(batch["image"])
-    own = batch["size"].to(device).flip(1).float()  # (B, 2): W, H
-    padded = torch.tensor(batch["image"].shape[:1:-1], device=device)
-    zoom = torch.ones(B, device=device) if scale is None else scale.to(device)
+
+    def there(values) -> Tensor:
+        """A few numbers, on the device; the CPU does not wait for a GPU to take them."""
+        return torch.as_tensor(values).to(device, non_blocking=True)
+
+    own = batch["size"].flip(1).float()  # (B, 2): W, H
+    padded = there(batch["image"].shape[:1:-1])
+    zoom = torch.ones(B, device=device) if scale is None else there(scale)
     turn = torch.eye(2, device=device).repeat(B, 1, 1)  # from the cut to the image
     if angle is not None:
-        c, s = (f(angle.to(device).deg2rad()) for f in (torch.cos, torch.sin))
+        c, s = (f(there(angle).deg2rad()) for f in (torch.cos, torch.sin))
         turn = torch.stack([torch.stack([c, -s], 1), torch.stack([s, c], 1)], 1)
     if flip is not None:
-        turn[:, :, 0] *= (1 - 2 * flip.to(device).float())[:, None]
+        turn[:, :, 0] *= (1 - 2 * there(flip).float())[:, None]
     y, x = (torch.arange(n, device=device).add(0.5).mul(2 / n).sub(1) for n in size)
     grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)  # (h, w, 2): x, y in -1..1
     half = own[:, None, None] / 2
     pixel = (grid * half) @ turn[:, None].mT / zoom[:, None, None, None]  # (B, h, w, 2)
-    pixel = pixel + half * (1 if centre is None else 1 + centre.to(device)[:, None, None])
+    pixel = pixel + half * (1 if centre is None else 1 + there(centre)[:, None, None])
     inside = ((pixel >= 0) & (pixel <= 2 * half)).all(-1)  # (B, h, w), centres of pixels at .5
     pixel = pixel.clamp(min=0.5).minimum(2 * half - 0.5)  # never blend with padding
     grid = pixel / padded * 2 - 1
     nearest = (pixel.floor() + 0.5) / padded * 2 - 1  # at centres: no rounding depends on padding
 
     image = F.grid_sample(batch["image"].float() / 255, grid, align_corners=False)
-    mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (MEAN, STD))
+    mean, std = (there(v)[:, None, None] for v in (MEAN, STD))
     image = (image - mean) / std * inside[:, None]
     labels = {}
     for name in batch.keys() - {"image", "size"}:

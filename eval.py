@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.utils import make_grid, save_image
 
-from data import CLASSES, ToDevice, collate, in_order, loader, open_dataset, warp
+from data import CLASSES, ToDevice, collate, loader, open_dataset, warp
 from files import read_image
 from grouping import build_tree, read_tree
 from model import MultiTaskNet, amp_dtype, build, fingerprint, ledger, pick_device
@@ -32,27 +32,36 @@ from tglora import TGLoRALinear
 
 
 @torch.no_grad()
-def evaluate(predict, tasks: list, batches: Iterable, size: tuple[int, int] | None) -> dict:
-    """Metrics of `predict(image) -> {task: prediction}` over all batches of collated samples.
+def evaluate(predict, tasks: list, batches: Iterable, size: tuple[int, int] | None,
+             gather=list) -> dict:
+    """Metrics of `predict(image) -> {task: prediction}` over `batches` of one collated sample each.
 
-    size: (H, W) to resize to; None: each image's own size, for batches of one image.
+    One image at a time: a result then depends on no batch size. size: (H, W) to resize to; None:
+    each image's own size. gather: puts rows of several processes in order (parallel.py).
     Returns {"results": {task: {metric: value}}, "loss": weighted sum of the tasks' mean losses,
-    each the mean over images with valid pixels, "images": count}.
+    each the mean over images with valid pixels, "images": their number, "pixels" and "nan": {task:
+    number of valid pixels, and of those with a prediction that is not a number}}.
     """
-    sums, losses, counts, images = {}, dict.fromkeys((t.name for t in tasks), 0.0), {}, 0
+    rows = []  # for each image and task: labelled?, loss, valid pixels, NaN among them, sums
     for batch in batches:
         image, labels = warp(batch, size or batch["size"][0].tolist())
         predictions = predict(image)
-        images += len(image)
+        rows.append([])
         for task in tasks:
             pred, label = predictions[task.name].float(), labels[task.name]
-            sums[task.name] = sums.get(task.name, 0) + task.sums(pred, label)
-            for i in range(len(image)):
-                if task.valid(label[i:i + 1]).any():
-                    losses[task.name] += task.loss(pred[i:i + 1], label[i:i + 1]).item()
-                    counts[task.name] = counts.get(task.name, 0) + 1
-    return {"results": {t.name: t.metrics(sums[t.name]) for t in tasks}, "images": images,
-            "loss": sum(t.weight * losses[t.name] / max(1, counts.get(t.name, 0)) for t in tasks)}
+            valid = task.valid(label).reshape(len(image), *image.shape[2:])
+            counts = [valid.any(), task.loss(pred, label), valid.sum(),
+                      (valid & pred.isnan().any(1)).sum()]
+            sums = task.sums(pred, label).flatten()
+            rows[-1].append(torch.cat([torch.stack([c.double() for c in counts]), sums]).cpu())
+    rows = gather(rows)
+    found = {"results": {}, "loss": 0.0, "images": len(rows), "pixels": {}, "nan": {}}
+    for task, column in zip(tasks, zip(*rows)):
+        labelled, loss, pixels, nan, *sums = torch.stack(column).sum(0)
+        found["results"][task.name] = task.metrics(torch.stack(sums))
+        found["loss"] += task.weight * (loss / labelled.clamp(min=1)).item()
+        found["pixels"][task.name], found["nan"][task.name] = int(pixels), int(nan)
+    return found
 
 
 def best_constants(tasks: list, batches: Iterable, size: tuple[int, int] | None) -> dict:
@@ -75,29 +84,34 @@ def best_constants(tasks: list, batches: Iterable, size: tuple[int, int] | None)
 def reference(tasks: list, batches: Iterable, size: tuple[int, int] | None) -> dict:
     """{task: {metric: value}} of the best constant prediction: what a result has to beat.
 
-    Fitted to the evaluated labels themselves, so it flatters the constant. Goes through `batches`
-    (re-iterable) twice.
+    Fitted to the evaluated labels themselves, so it flatters the constant; NaN where a task has no
+    valid label at all. Goes through `batches` (re-iterable) twice.
     """
     constants = best_constants(tasks, batches, size)
-    missing = [t.name for t in tasks if t.name not in constants]
-    if missing:
-        raise ValueError(f"no valid label of {', '.join(missing)} in the evaluated images")
 
     def predict(image: Tensor) -> dict[str, Tensor]:
-        return {name: c.to(image.device)[:, None, None].expand(len(image), -1, *image.shape[2:])
-                for name, c in constants.items()}
+        return {task.name: constants.get(task.name, torch.zeros(task.outputs))
+                .to(image.device)[:, None, None].expand(len(image), -1, *image.shape[2:])
+                for task in tasks}
 
     return evaluate(predict, tasks, batches, size)["results"]
 
 
-def format_table(tasks: list, results: dict, reference: dict) -> str:
-    """One line a metric: ours, the best constant's; the compared metric of a task is starred."""
-    rows = [f"{'task':<13}{'metric':<12}{'result':>9}{'constant':>10}"]
+def format_table(tasks: list, found: dict, reference: dict, size: tuple[int, int] | None) -> str:
+    """`evaluate`'s answer, a line a metric, beside the best constant's; the compared is starred."""
+    where = f"at {size[0]}x{size[1]}" if size else "at their own size"
+    rows = [f"{found['images']} images {where}, loss {found['loss']:.4f}",
+            f"{'task':<13}{'metric':<12}{'result':>9}{'constant':>10}{'valid pixels':>18}"]
     for task in tasks:
-        for metric, value in results[task.name].items():
-            star = (" *up" if task.higher_is_better else " *down") if metric == task.metric else ""
-            rows.append(f"{task.name:<13}{metric:<12}{value:>9.4f}"
-                        f"{reference[task.name][metric]:>10.4f}{star}")
+        pixels, nan = found["pixels"][task.name], found["nan"][task.name]
+        for metric, value in found["results"][task.name].items():
+            row = f"{task.name:<13}{metric:<12}{value:>9.4f}{reference[task.name][metric]:>10.4f}"
+            if metric == task.metric:
+                row += f" {'*up' if task.higher_is_better else '*down':<5}{pixels:>12,}"
+            rows.append(row)
+        if nan:
+            rows.append(f"{task.name:<13}the prediction is not a number (NaN) at {nan:,} of "
+                        f"{pixels:,} valid pixels, and so are the metrics")
     return "\n".join(rows)
 
 
@@ -296,14 +310,12 @@ def evaluate_checkpoint(args: argparse.Namespace) -> str:
             draw_photo(photo, path, predict, tasks, size, device)
         return "\n".join(f"wrote {path}" for path in paths)
     dataset = open_dataset(config, "val")
-    batch_size = 1 if args.native else config.batch_size
-    batches = ToDevice(loader(dataset, in_order(len(dataset), batch_size), config.workers), device)
+    batches = ToDevice(loader(dataset, [[i] for i in range(len(dataset))], config.workers), device)
     outcome = evaluate(predict, tasks, batches, size)
     outcome["reference"] = reference(tasks, batches, size)
     if args.json:
         return json.dumps(outcome)
-    return (f"{outcome['images']} images, loss {outcome['loss']:.4f}\n"
-            + format_table(tasks, outcome["results"], outcome["reference"]))
+    return format_table(tasks, outcome, outcome["reference"], size)
 
 
 def main(argv: list[str] | None = None) -> None:

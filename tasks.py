@@ -46,6 +46,7 @@ class Segmentation:
 
     def metrics(self, sums: Tensor) -> dict[str, float]:
         """mIoU over the classes that occur in truth or prediction, and pixel accuracy."""
+        sums = sums.reshape(self.outputs, self.outputs)
         hit = sums.diag()
         union = sums.sum(0) + sums.sum(1) - hit
         occurs = union != 0

@@ -23,14 +23,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data import (CLASSES, ToDevice, draw_augmentation, epoch_batches, in_order, loader,
-                  open_dataset, warp)
+from data import (CLASSES, ToDevice, draw_augmentation, epoch_batches, loader, open_dataset,
+                  warp)
 from eval import (draw_samples, evaluate, format_table, load_trained, predictor, read_checkpoint,
                   reference)
 from files import progress
 from grouping import Partition, build_tree, format_tree, name_tree, read_tree
-from model import (MultiTaskNet, amp_dtype, build, fingerprint, ledger, pick_device, stage_ranks,
+from model import (amp_dtype, build, fingerprint, ledger, pick_device, stage_ranks,
                    trained_state)
+from parallel import Team
 from similarity import finetune_decoders, format_similarity, task_similarity
 from table import read_results
 from tasks import delta_m, make_tasks
@@ -135,6 +136,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--weight-decay", type=float, default=0.05, help="not on 1-D weights and bias tables")
     add("--clip", type=float, default=5.0, help="gradient norm")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision")
+    add("--compile", action="store_true", help="the network, by torch.compile")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
     add("--workers", type=int, help="processes that load data")
     add("--cache", action=switch, help="keep decoded samples in memory")
@@ -218,7 +220,7 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.op
         if p.requires_grad:
             (plain if p.ndim == 1 or name.endswith("bias_table") else decayed).append(p)
     return torch.optim.AdamW([{"params": decayed, "weight_decay": weight_decay},
-                              {"params": plain, "weight_decay": 0.0}], lr=lr)
+                              {"params": plain, "weight_decay": 0.0}], lr=lr, fused=True)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
@@ -229,19 +231,26 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - ramp) / (steps - ramp)))
 
 
-def train_step(model: MultiTaskNet, tasks: list, optimizer: torch.optim.Optimizer,
+def train_step(model: nn.Module, tasks: list, optimizer: torch.optim.Optimizer,
                scaler: torch.amp.GradScaler, image: Tensor, labels: dict, parts: int, clip: float,
-               amp: torch.dtype | None) -> Tensor:
-    """One update from a batch computed in `parts`; returns the tasks' losses (T,), unweighted."""
+               amp: torch.dtype | None, team: Team) -> Tensor:
+    """One update from a batch computed in `parts`; returns the tasks' losses (T,), unweighted.
+
+    Nothing in it waits for the GPU.
+    """
+    pieces = list(zip(image.chunk(parts), *(labels[task.name].chunk(parts) for task in tasks)))
+    valid = torch.stack([torch.stack([task.valid(y).sum() for task, y in zip(tasks, truth)])
+                         for _, *truth in pieces]).float()  # (parts, T), pixels
+    # A loss is a mean over valid pixels: of a part, it counts by its share of the whole batch's.
+    share = valid / team.sum(valid.sum(0)).clamp(min=1)
     losses = torch.zeros(len(tasks), device=image.device)
-    weights = torch.tensor([task.weight for task in tasks], device=image.device)
-    pieces = [image.chunk(parts), *(labels[task.name].chunk(parts) for task in tasks)]
-    for x, *truth in zip(*pieces):
+    for (x, *truth), part in zip(pieces, share):
         with torch.autocast(image.device.type, amp, enabled=amp is not None):
             predictions = model(x)
         loss = torch.stack([task.loss(predictions[task.name], y) for task, y in zip(tasks, truth)])
-        loss = loss * (len(x) / len(image))
-        scaler.scale((weights * loss).sum()).backward()  # eq. 8
+        loss = loss * part
+        total = sum(task.weight * own for task, own in zip(tasks, loss.unbind()))  # eq. 8
+        scaler.scale(total * team.size).backward()  # which averages over the processes
         losses += loss.detach()
     scaler.unscale_(optimizer)
     nn.utils.clip_grad_norm_((p for g in optimizer.param_groups for p in g["params"]), clip)
@@ -293,7 +302,7 @@ def check_out(config: argparse.Namespace) -> tuple[Path, dict | None]:
     if config.resume:
         state = read_checkpoint(last)
         may_change = {"out", "resume", "data_root", "download", "device", "workers", "cache",
-                      "log_every", "tree"}
+                      "log_every", "tree", "compile"}
         differ = [f"--{k.replace('_', '-')} {v}, not {getattr(config, k, None)}"
                   for k, v in state["config"].items()
                   if k not in may_change and v != getattr(config, k, None)]
@@ -322,7 +331,8 @@ def open_log(path: Path, step: int):
 # --- the run --------------------------------------------------------------------------------------
 def run(config: argparse.Namespace) -> None:
     """One run, from the flags to metrics.json. Raises ValueError on anything wrong in its input."""
-    device = pick_device(config.device)
+    team = Team(pick_device(config.device))
+    device = team.device
     amp = amp_dtype(config.amp, device)
     tasks = make_tasks(config.tasks, CLASSES[config.dataset])
     tree = read_tree(config.tree, config.tasks) if config.tree else None
@@ -331,17 +341,19 @@ def run(config: argparse.Namespace) -> None:
     tree = tree or forced_tree(config, len(tasks))
     baseline = read_baseline(config.baseline, tasks) if config.baseline else None
     out, resumed = check_out(config)
-    train_set, val_set = open_dataset(config, "train"), open_dataset(config, "val")
-    out.mkdir(parents=True, exist_ok=True)
-    val_batches = ToDevice(loader(val_set, in_order(len(val_set), config.batch_size),
-                                  config.workers), device)
+    with team.leader_first():
+        train_set, val_set = open_dataset(config, "train"), open_dataset(config, "val")
+        out.mkdir(parents=True, exist_ok=True)
+    one_by_one = [[i] for i in range(len(val_set))]
+    val_batches = ToDevice(loader(val_set, team.share(one_by_one), config.workers), device)
 
     # Decoders, similarity, tree.
     similarity = None
     if resumed:
         tree = resumed["tree"]
     elif tree is None:
-        tree, similarity = compute_tree(config, tasks, train_set, device)
+        tree, similarity = team.tell(
+            compute_tree(config, tasks, train_set, device) if team.leads else None)
     print(format_tree(tree, config.tasks), flush=True)
 
     # The network and its ledger.
@@ -349,13 +361,16 @@ def run(config: argparse.Namespace) -> None:
     counts = ledger(model)
     print(f"trained parameters: adapters {counts['adapters']:,} + decoders {counts['decoders']:,} "
           f"+ others {counts['others']:,} = {counts['trainable']:,} of {counts['total']:,}")
+    if config.compile:
+        model.compile(dynamic=False)  # leaves the names of the weights as they are
+    net = team.wrap(model)
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
     step, best = 0, None
-    if not resumed:
+    if not resumed and team.leads:
         write_json(out / "tree.json", {"tasks": config.tasks, "similarity": similarity,
                                        "tree": name_tree(tree, config.tasks)})
-    else:
+    if resumed:
         load_trained(model, resumed, out / "last.pt")
         optimizer.load_state_dict(resumed["optimizer"])
         scaler.load_state_dict(resumed["scaler"])
@@ -366,23 +381,29 @@ def run(config: argparse.Namespace) -> None:
     # Epochs, as one list of batches.
     batches = epoch_batches(len(train_set), config.batch_size, config.epochs, config.seed)
     per_epoch, images = len(batches) // config.epochs, len(batches[0])
-    log = open_log(out / "log.jsonl", step)
+    if images % team.size:
+        raise ValueError(f"a batch of {images} images cannot be shared evenly by {team.size} "
+                         "processes; change --batch-size or --nproc_per_node")
+    mine = [team.share(batch) for batch in batches]
+    log = open_log(out / "log.jsonl", step) if team.leads else open(os.devnull, "w")
     sums, since, began = torch.zeros(len(tasks), device=device), step, time.monotonic()
-    for batch in ToDevice(loader(train_set, batches[step:], config.workers), device):
-        torch.manual_seed(config.seed * 1_000_003 + step)  # augmentation, dropout and drop path
-        image, labels = warp(batch, config.size,
-                             **draw_augmentation(images, config.flip, config.scales, config.rotate))
+    for batch in ToDevice(loader(train_set, mine[step:], config.workers), device):
+        seed = config.seed * 1_000_003 + step
+        torch.manual_seed(seed)
+        drawn = draw_augmentation(images, config.flip, config.scales, config.rotate)
+        image, labels = warp(batch, config.size, **{k: team.share(v) for k, v in drawn.items()})
+        torch.manual_seed(seed + 7919 * team.rank)  # dropout and drop path
         rate = learning_rate(step, len(batches), config.lr, config.warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate
         model.train()
-        sums += train_step(model, tasks, optimizer, scaler, image, labels, config.accumulate,
-                           config.clip, amp)
+        sums += train_step(net, tasks, optimizer, scaler, image, labels, config.accumulate,
+                           config.clip, amp, team)
         step += 1
         epoch, end_of_epoch = step // per_epoch, step % per_epoch == 0
 
         if step % config.log_every == 0 or end_of_epoch:
-            losses = dict(zip(config.tasks, (sums / (step - since)).tolist()))
+            losses = dict(zip(config.tasks, (team.sum(sums) / (step - since)).tolist()))
             check_finite(losses, since, step)
             speed = images * (step - since) / (time.monotonic() - began)
             eta = int((len(batches) - step) * images / speed)
@@ -396,7 +417,8 @@ def run(config: argparse.Namespace) -> None:
         if end_of_epoch:
             state = {**constant, "model": trained_state(model), "step": step}
             if epoch % config.eval_every == 0 or step == len(batches):
-                found = evaluate(predictor(model, amp), tasks, val_batches, config.size)
+                found = evaluate(predictor(model, amp), tasks, val_batches, config.size,
+                                 team.gather)
                 found |= {"step": step, "epoch": epoch}
                 if baseline:
                     found["delta_m"] = delta_m(found["results"], baseline)
@@ -405,24 +427,28 @@ def run(config: argparse.Namespace) -> None:
                     f"{t.name} {t.metric} {found['results'][t.name][t.metric]:.4f}" for t in tasks))
                 if best is None or merit(found) > merit(best):
                     best = found
-                    save(out / "best.pt", {**state, "best": best})
-            save(out / "last.pt", {**state, "best": best, "optimizer": optimizer.state_dict(),
-                                   "scaler": scaler.state_dict()})
+                    if team.leads:
+                        save(out / "best.pt", {**state, "best": best})
+            if team.leads:
+                save(out / "last.pt", {**state, "best": best, "optimizer": optimizer.state_dict(),
+                                       "scaler": scaler.state_dict()})
             began = time.monotonic()
     log.close()
 
     # The table and the pictures, of best.pt.
-    load_trained(model, read_checkpoint(out / "best.pt"), out / "best.pt")
-    trivial = reference(tasks, val_batches, config.size)
-    write_json(out / "metrics.json", {**best, "reference": trivial, **counts, "seed": config.seed,
-                                      "tree": name_tree(tree, config.tasks)})
-    draw_samples(out / "predictions.png", predictor(model, amp), tasks, val_set, config.size,
-                 device)
-    print(f"best epoch {best['epoch']}, {best['images']} validation images\n"
-          + format_table(tasks, best["results"], trivial)
-          + (f"\ndelta-m {best['delta_m']:+.2f} %" if baseline else "")
-          + f"\nwrote {out}/: metrics.json, predictions.png, tree.json, best.pt, last.pt, "
-          "log.jsonl")
+    if team.leads:
+        load_trained(model, read_checkpoint(out / "best.pt"), out / "best.pt")
+        trivial = reference(tasks, ToDevice(loader(val_set, one_by_one, config.workers), device),
+                            config.size)
+        write_json(out / "metrics.json", {**best, "reference": trivial, **counts, "seed":
+                                          config.seed, "tree": name_tree(tree, config.tasks)})
+        draw_samples(out / "predictions.png", predictor(model, amp), tasks, val_set, config.size,
+                     device)
+        print(f"best epoch {best['epoch']}: " + format_table(tasks, best, trivial, config.size)
+              + (f"\ndelta-m {best['delta_m']:+.2f} %" if baseline else "")
+              + f"\nwrote {out}/: metrics.json, predictions.png, tree.json, best.pt, last.pt, "
+              "log.jsonl")
+    team.close()
 
 
 def main(argv: list[str] | None = None) -> None:
