@@ -59,8 +59,8 @@ class TGLoRALinear(nn.Module):
                              f"{len(self.ranks)} groups")
         G, (d, k) = len(self.ranks), self.weight.shape[-2:]
         if self.merged:  # y_g = W_g x_g + bias
-            bias = 0 if self.bias is None else self.bias
-            return (x.reshape(G, -1, k) @ self.weight.mT + bias).view(*x.shape[:-1], d)
+            y = [F.linear(x_g, W_g, self.bias) for x_g, W_g in zip(x.chunk(G), self.weight)]
+            return torch.cat(y) if G > 1 else y[0]
         y = F.linear(x, self.weight, self.bias)
         if self.training and self.dropout:  # nn.Dropout would keep a mask of floats on the CPU
             x = torch.native_dropout(x, self.dropout, True)[0]

@@ -17,6 +17,7 @@ import os
 import resource
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -362,7 +363,8 @@ def run(config: argparse.Namespace) -> None:
     print(f"trained parameters: adapters {counts['adapters']:,} + decoders {counts['decoders']:,} "
           f"+ others {counts['others']:,} = {counts['trainable']:,} of {counts['total']:,}")
     if config.compile:
-        model.compile(dynamic=False)  # leaves the names of the weights as they are
+        warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
+        model.compile(dynamic=False, fullgraph=True)  # leaves the names of the weights as they are
     net = team.wrap(model)
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)

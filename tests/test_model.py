@@ -163,3 +163,11 @@ def test_ledger_sums_up():
 def test_a_tree_of_another_depth_is_refused():
     with pytest.raises(ValueError, match="3 stages, but the backbone has 4"):
         MultiTaskNet(build_swin("mini"), TASKS, TREE[1:])
+
+
+def test_the_network_compiles_without_a_graph_break():
+    """torch.compile's tracing alone (no C++ compiler): one graph, and the same predictions."""
+    model, x = network(), torch.randn(2, 3, 56, 84)
+    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
+    for name, pred in compiled(x).items():
+        torch.testing.assert_close(pred, model(x)[name])

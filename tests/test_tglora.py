@@ -77,6 +77,23 @@ def test_dropout_is_on_the_adapters_input_only():
     assert torch.equal(lora(x), lora(x))
 
 
+def test_training_keeps_one_copy_of_the_input_and_a_mask_of_bytes():
+    """Of everything a layer keeps for its backward pass: dropout adds a quarter of the input."""
+    lora, x = layer((2, 3), dropout=0.1).train(), torch.randn(8, 512, 12, requires_grad=True)
+    kept = {}
+
+    def keep(tensor):
+        if not isinstance(tensor, nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = lora(x)
+    adapters = 4 * 8 * 512 * 3 + 4 * 2 * 3 * (12 + 20)  # A x of both groups; A and B, padded
+    assert sum(kept.values()) <= 1.25 * 4 * x.numel() + adapters + 4 * lora.weight.numel()
+    y.sum().backward()
+
+
 @pytest.mark.parametrize("rank, sizes, expected", [
     (63, (3,), (63,)), (63, (2, 1), (42, 21)), (63, (1, 1, 1), (21, 21, 21)),
     (64, (2, 1, 1), (32, 16, 16)), (7, (1, 1), (4, 3)), (4, (9, 1, 1), (2, 1, 1)),

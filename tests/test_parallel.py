@@ -1,0 +1,110 @@
+"""parallel.py: two processes on the CPU do what one does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from parallel import Team
+
+ROOT = Path(__file__).parent.parent
+FLAGS = ["--train-rooms", "16", "--val-rooms", "5", "--size", "56", "--epochs", "2", "--batch-size",
+         "4", "--log-every", "1", "--groups", "1,1,1,3", "--device", "cpu", "--lr", "1e-4"]
+ONE, TWO = [sys.executable], [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+
+
+def shell(command, *flags):
+    """Run a script as a user does; one thread a process, so that sums are made in one order."""
+    done = subprocess.run([*command, ROOT / flags[0], *map(str, flags[1:])], capture_output=True,
+                          text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def losses(out):
+    lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    return [list(line["loss"].values()) for line in lines if "lr" in line]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The same run in one process and in two."""
+    out = tmp_path_factory.mktemp("parallel")
+    shell(ONE, "train.py", *FLAGS, "--out", out / "one")
+    text = shell(TWO, "train.py", *FLAGS, "--out", out / "two")
+    return out / "one", out / "two", text
+
+
+def test_two_processes_have_the_losses_of_one(runs):
+    """Every step's losses, to 1e-4: the same images, gradients and BatchNorm over all of them."""
+    one, two, _ = runs
+    assert len(losses(one)) == 8
+    torch.testing.assert_close(torch.tensor(losses(two)), torch.tensor(losses(one)), rtol=1e-4,
+                               atol=1e-5)
+
+
+def test_metrics_of_two_processes_are_exactly_those_of_one(runs):
+    """eval.py alone repeats, to the last bit, what two processes found in five images."""
+    again = json.loads(shell(ONE, "eval.py", "--checkpoint", runs[1] / "best.pt", "--json",
+                             "--device", "cpu"))
+    metrics = json.loads((runs[1] / "metrics.json").read_text())
+    for key in ("results", "reference", "images", "pixels", "loss"):
+        assert again[key] == metrics[key]
+
+
+def test_only_the_leader_writes(runs):
+    """One table on the screen, one line a step in the log, one tree."""
+    _, two, text = runs
+    assert text.count("best epoch") == 1
+    assert len((two / "log.jsonl").read_text().splitlines()) == 8 + 2
+
+
+def test_a_run_of_one_process_goes_on_in_two(runs, tmp_path):
+    """last.pt does not know how many wrote it."""
+    one, _, _ = runs
+    out = tmp_path / "run"
+    stop = ("import sys, train; save = train.save\n"
+            "def once(path, state):\n"
+            "    save(path, state)\n"
+            "    if path.name == 'last.pt': sys.exit()\n"
+            "train.save = once; train.main(sys.argv[1:])")
+    subprocess.run([sys.executable, "-c", stop, *FLAGS, "--out", out], cwd=ROOT, check=True,
+                   capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert len(losses(out)) == 4
+    shell(TWO, "train.py", *FLAGS, "--out", out, "--resume")
+    torch.testing.assert_close(torch.tensor(losses(out)), torch.tensor(losses(one)), rtol=1e-4,
+                               atol=1e-5)
+
+
+def test_a_team_of_one_never_touches_torch_distributed(tmp_path, monkeypatch):
+    """`python train.py` runs with every function of torch.distributed broken."""
+    for name in ("init_process_group", "all_reduce", "all_gather_object", "barrier",
+                 "broadcast_object_list", "destroy_process_group"):
+        monkeypatch.delattr(f"torch.distributed.{name}")
+    train.main([*FLAGS, "--epochs", "1", "--out", str(tmp_path / "run")])
+
+
+def test_shares_are_dealt_out_and_put_together(monkeypatch):
+    """Rank 1 of 3 gets every third item from the second on."""
+    monkeypatch.setattr("parallel.dist.init_process_group", lambda *a, **k: None)
+    monkeypatch.setattr("sys.stdout", sys.stdout)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    team = Team(torch.device("cpu"))
+    monkeypatch.setattr("parallel.dist.all_gather_object",
+                        lambda parts, mine: parts.__setitem__(slice(None), [[0, 3], mine, [2]]))
+    assert team.share(list(range(5))) == [1, 4] and team.gather([1, 4]) == [0, 1, 2, 3, 4]
+    assert not team.leads
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
+    """Three images among two processes: an error that names both numbers."""
+    done = subprocess.run([*TWO, ROOT / "train.py", *FLAGS, "--batch-size", "3", "--out",
+                           tmp_path / "run"], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "a batch of 3 images cannot be shared evenly by 2 processes" in done.stderr
