@@ -6,6 +6,8 @@ metres with 0 = invalid, normals (3, H, W) float32 (x right, y down, z to the ca
 = invalid. `collate` pads a batch to its largest image; `warp` then cuts, on the training device
 and with one grid, the image (bilinear) and all labels (nearest) to the training size, augmented or
 not. Rendering is in rooms.py, archives and file formats are in files.py. Data: README, Data.
+
+    python data.py --check --dataset nyud --data-root data     # read every file once (check.py)
 """
 
 import os
@@ -70,7 +72,11 @@ def read_depth(path: Path) -> np.ndarray:
     """Metres; not a number and not positive become 0, invalid."""
     value = read_array(path)
     value = value[..., None] if value.ndim == 2 else value
-    return np.where(np.isfinite(value) & (value > 0), value, 0)
+    value = np.where(np.isfinite(value) & (value > 0), value, 0)
+    if (value > 0).any() and (middle := np.median(value[value > 0])) > 80:
+        raise ValueError(f"{path} has a median depth of {middle:.0f}, expected metres; are these "
+                         "millimetres?")
+    return value
 
 
 def read_normals(path: Path) -> np.ndarray:
@@ -78,6 +84,10 @@ def read_normals(path: Path) -> np.ndarray:
     png = path.suffix == ".png"
     value = read_image(path).astype(np.float32) * (2 / 255) - 1 if png else read_array(path)
     length = np.linalg.norm(value, axis=-1, keepdims=True)
+    there = (length > 0.05) & (length < 1.7)  # neither (0, 0, 0) nor a black pixel
+    if there.any() and (abs(length[there] - 1) > 0.1).mean() > 0.1:
+        raise ValueError(f"{path} has normals of median length {np.median(length[there]):.2f}, "
+                         "expected 1")
     return np.where((length > 0.5) & (length < 1.5), value / np.maximum(length, 1e-6), 0)
 
 
@@ -179,9 +189,11 @@ class Files(Dataset):
     """NYUD-v2 or PASCAL-Context from the folder `root`, as LAYOUTS[name] describes it.
 
     Every file of the split must exist, and a label must have its image's size (ValueError).
+    complete=False leaves the first to check.py.
     """
 
-    def __init__(self, name: str, root: Path, split: str, tasks: Sequence[str]):
+    def __init__(self, name: str, root: Path, split: str, tasks: Sequence[str],
+                 complete: bool = True):
         self.name, self.root, layout = name, Path(root), LAYOUTS[name]
         unknown = [task for task in tasks if task not in layout["files"]]
         if unknown:
@@ -189,36 +201,47 @@ class Files(Dataset):
                              f"{', '.join(k for k in layout['files'] if k != 'image')}")
         self.ids = read_ids(self.root / layout["splits"] / f"{split}.txt")
         self.readers = {kind: layout["files"][kind] for kind in ("image", *tasks)}
-        self.paths = [{kind: [self.find(alternatives, id) for alternatives in places]
-                       for kind, (_, *places) in self.readers.items()} for id in self.ids]
-        mats = [p for paths in self.paths for p in sum(paths.values(), []) if p.suffix == ".mat"]
+        if not complete:
+            return
+        paths = [path for id in self.ids for kind in self.readers for path in self.find(kind, id)]
+        mats = [path for path in paths if path.suffix == ".mat"]
         for i, path in enumerate(mats, 1):  # these are slow: now and once
             parsed(path)
             progress(f"{name} {split}: {i} of {len(mats)} MATLAB files", i == len(mats))
 
-    def find(self, alternatives: Sequence[str], id: str) -> Path:
-        for pattern in alternatives:
-            if (path := self.root / pattern.format(id)).is_file():
-                return path
-        raise ValueError(f"{self.name}: no file {' or '.join(alternatives).format(id, id)} under "
-                         f"{self.root}; expected the layout of "
-                         f"{files.SOURCES[self.name]['archives'][0]} (README, Data)")
+    def find(self, kind: str, id: str) -> list[Path]:
+        """The files that `kind` of image `id` is read from."""
+        found = []
+        for alternatives in self.readers[kind][1:]:
+            paths = [self.root / pattern.format(id) for pattern in alternatives]
+            found += [path for path in paths if path.is_file()][:1]
+            if not any(path in found for path in paths):
+                raise ValueError(f"{self.name}: no file {' or '.join(alternatives).format(id, id)} "
+                                 f"under {self.root}; expected the layout of "
+                                 f"{files.SOURCES[self.name]['archives'][0]} (README, Data)")
+        return found
+
+    def read(self, kind: str, id: str, size: tuple[int, ...] | None = None) -> np.ndarray:
+        """`kind` of image `id`, (H, W) or (H, W, C); size: the (H, W) that it must have."""
+        paths = self.find(kind, id)
+        value = self.readers[kind][0](*paths)
+        if value is None:  # not labelled at all
+            value = np.full(size, 255, np.uint8)
+        shape = (size or value.shape[:2]) + {"image": (3,), "normals": (3,),
+                                             "depth": (1,)}.get(kind, ())
+        if value.shape != shape:
+            raise ValueError(f"{self.name}: {paths[0]} has shape {value.shape}, expected {shape} "
+                             "as its image has")
+        return value
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
-        sample = {}
-        for kind, (read, *_) in self.readers.items():
-            value = read(*self.paths[i][kind])
-            if kind == "image":
-                size = value.shape[:2]
-            shape = size + {"image": (3,), "normals": (3,), "depth": (1,)}.get(kind, ())
-            if value is None:  # not labelled at all
-                value = np.full(size, 255, np.uint8)
-            if value.shape != shape:
-                raise ValueError(f"{self.name}: {self.paths[i][kind][0]} has shape {value.shape}, "
-                                 f"expected {shape} as its image has")
+        sample, size = {}, None
+        for kind in self.readers:  # the image first
+            value = self.read(kind, self.ids[i], size)
+            size = value.shape[:2]
             value = value.transpose(2, 0, 1) if value.ndim == 3 else value
             sample[kind] = torch.from_numpy(np.ascontiguousarray(value))
         return sample
@@ -359,3 +382,8 @@ def open_dataset(config: Namespace, split: str) -> Dataset:
         root = find_dataset(config.dataset, config.data_root, config.download)
         dataset = Files(config.dataset, root, split, config.tasks)
     return InMemory(dataset) if config.cache else dataset
+
+
+if __name__ == "__main__":
+    from check import main
+    main()

@@ -3,6 +3,7 @@
     python eval.py --checkpoint runs/rooms/best.pt                  # the table, on validation data
     python eval.py --checkpoint runs/nyud/best.pt --native          # at each image's own size
     python eval.py --checkpoint runs/nyud/best.pt --image photo.jpg # draws photo.predicted.png
+    python eval.py --checkpoint runs/nyud/best.pt --merge nyud.pt2  # for deployment, verified
     python eval.py --cost --dataset nyud [flags of train.py] [--json]
 
 Metrics are sums over the whole set, divided once (tasks.py). Costs are those of one image.
@@ -14,6 +15,7 @@ import json
 import sys
 from collections.abc import Iterable
 from contextlib import nullcontext, redirect_stdout
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +24,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.utils import make_grid, save_image
 
+from checkpoint import load_trained, read_checkpoint, write_whole
 from data import CLASSES, ToDevice, collate, loader, open_dataset, warp
 from files import read_image
 from grouping import build_tree, read_tree
-from model import MultiTaskNet, amp_dtype, build, fingerprint, ledger, pick_device
+from model import amp_dtype, build, ledger, pick_device
 from swin import WindowAttention
 from tasks import make_tasks
-from tglora import TGLoRALinear
+from tglora import TGLoRALinear, merge
 
 
 @torch.no_grad()
@@ -151,33 +154,6 @@ def draw_photo(photo: Path, path: Path, predict, tasks: list, size: tuple[int, i
     draw(path, [row])
 
 
-# --- checkpoints --------------------------------------------------------------------------------
-def read_checkpoint(path: Path) -> dict:
-    """What train.py saved: only tensors and plain data are read. Raises ValueError."""
-    if not Path(path).is_file():
-        raise ValueError(f"no checkpoint file {path}; train.py writes best.pt and last.pt to --out")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state["model"], state["config"], state["tree"]
-    except Exception as error:  # torch.load documents no exception types for a damaged file
-        raise ValueError(f"{path} is not a checkpoint of train.py, or is damaged") from error
-    return state
-
-
-def load_trained(model: MultiTaskNet, state: dict, path: Path) -> None:
-    """Put a checkpoint's trained weights into `model`, built from the same configuration."""
-    own = fingerprint(model)
-    if state["fingerprint"] != own:
-        raise ValueError(f"{path} was trained on another backbone (fingerprint "
-                         f"{state['fingerprint']}) than the one loaded here ({own}); it was "
-                         f"--weights {state['config']['weights']}")
-    missing, unexpected = model.load_state_dict(state["model"], strict=False)
-    trained = {k for k, p in model.named_parameters() if p.requires_grad}
-    if unexpected or trained & set(missing):
-        raise ValueError(f"{path} does not fit its own configuration: {len(trained & set(missing))}"
-                         f" weights missing, {len(unexpected)} unknown")
-
-
 def predictor(model: nn.Module, amp: torch.dtype | None):
     """model in evaluation mode, under autocast to `amp` if given, as image -> predictions."""
     model.eval()
@@ -186,6 +162,30 @@ def predictor(model: nn.Module, amp: torch.dtype | None):
         with torch.autocast(image.device.type, amp) if amp else nullcontext():
             return model(image)
     return predict
+
+
+def export_merged(model: nn.Module, size: tuple[int, int], path: Path) -> str:
+    """Merge the adapters and write the network as one graph that needs no code of ours:
+
+        torch.export.load(path).module()(images)    # (B, 3, H, W), normalised -> predictions
+
+    Read back and compared with the unmerged network on the spot; raises ValueError, and leaves no
+    file, where they differ by more than 1e-4 of the largest value.
+    """
+    image = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model.eval()(image)
+        graph = torch.export.export(merge(model), (image,), dynamic_shapes={
+            "image": {0: torch.export.Dim("batch", min=1, max=1024)}})
+        write_whole(path, partial(torch.export.save, graph))
+        found = torch.export.load(path).module()(image)
+    error = max(((found[k] - v).abs().max() / v.abs().max()).item() for k, v in expected.items())
+    if not error <= 1e-4:
+        path.unlink()
+        raise ValueError(f"the merged network differs by {error:.1e} from the unmerged one; nothing"
+                         " was written")
+    return (f"wrote {path}, {path.stat().st_size / 1e6:.0f} MB, for images of {size[0]}x{size[1]}; "
+            f"predictions differ from the unmerged ones by at most {error:.1e} of the largest")
 
 
 # --- cost ---------------------------------------------------------------------------------------
@@ -258,6 +258,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--native", action="store_true", help="at each image's own size, not the training size")
     add("--export-backbone", type=Path, help="write the backbone (fp16, official names) and stop; "
         "for runs of --method full")
+    add("--merge", type=Path, help="write the network with merged adapters, as a graph that needs "
+        "no code of ours (torch.export), and stop")
     add("--data-root", help="where the dataset is now, if not where it was trained")
     add("--weights", help="where the backbone's weights are now, if not where they were")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
@@ -300,8 +302,10 @@ def evaluate_checkpoint(args: argparse.Namespace) -> str:
             raise ValueError(f"{args.checkpoint} is of --method {config.method}, whose backbone is "
                              "the one it started from; only --method full trains it")
         weights = {k: v.half() for k, v in model.backbone.state_dict().items()}
-        torch.save(weights, args.export_backbone)
+        write_whole(args.export_backbone, partial(torch.save, weights))
         return f"wrote {args.export_backbone}"
+    if args.merge:
+        return export_merged(model, config.size, args.merge)
     predict = predictor(model.to(device), amp_dtype(config.amp, device))
     size = None if args.native else config.size
     if args.image:

@@ -13,7 +13,6 @@ Shapes: B batch, G groups, H W pixels, h w c of a map. A tree is a list of one p
 References: arXiv 2509.19602, section 3 and figure 3.
 """
 
-import hashlib
 from argparse import Namespace
 from collections.abc import Sequence
 
@@ -53,14 +52,14 @@ class MultiTaskNet(nn.Module):
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         """Image (B, 3, H, W), normalised -> each task's prediction, (B, outputs, H, W)."""
-        B = len(image)
         x = self.backbone.patch_embed(image)  # (B, H/4, W/4, C)
-        maps = []
+        groups, maps = 1, []
         for stage, parent in zip(self.backbone.layers, self.parents):
-            if len(parent) * B > len(x):  # the tree branches here
-                x = torch.cat([x.split(B)[p] for p in parent])  # (G*B, h, w, c)
+            if len(parent) > groups:  # the tree branches here
+                x = x.unflatten(0, (groups, -1))  # (G, B, h, w, c) of the stage before
+                x, groups = torch.cat([x[p] for p in parent]), len(parent)  # (G*B, h, w, c)
             x = stage(x)
-            maps.append(x.unflatten(0, (-1, B)))  # (G, B, h, w, c)
+            maps.append(x.unflatten(0, (groups, -1)))  # (G, B, h, w, c)
         return {name: decoder([m[g] for m, g in zip(maps, self.group_of[name])], image.shape[2:])
                 for name, decoder in self.decoders.items()}
 
@@ -97,21 +96,6 @@ def build(config: Namespace, tasks: Sequence, tree: Sequence[Partition]) -> Mult
     elif config.method == "full":
         backbone.requires_grad_(True)
     return model
-
-
-def trained_state(model: MultiTaskNet) -> dict[str, Tensor]:
-    """What training changes: the trained parameters and the decoders' BatchNorm statistics."""
-    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    return {name: value for name, value in model.state_dict().items() if name not in frozen}
-
-
-def fingerprint(model: MultiTaskNet) -> str:
-    """Hash of the frozen weights: a checkpoint holds the rest and fits no other backbone."""
-    digest = hashlib.sha256()
-    for name, p in sorted(model.named_parameters()):
-        if not p.requires_grad:
-            digest.update(name.encode() + p.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def amp_dtype(choice: str, device: torch.device) -> torch.dtype | None:

@@ -65,6 +65,12 @@ class Team:
             dist.all_reduce(x)
         return x
 
+    def any(self, flag: bool) -> bool:
+        """Is it true in any process?"""
+        if self.size > 1:
+            flag = bool(self.sum(torch.tensor(float(flag), device=self.device)))
+        return flag
+
     @contextmanager
     def leader_first(self) -> Iterator[None]:
         """What the leader does inside (unpack, parse, download) the others then find done."""

@@ -75,7 +75,8 @@ def task_similarity(model: nn.Module, tasks: list, examples: Iterable,
         for t in range(T):
             for u in range(t, T):
                 if gradients[t] is not None and gradients[u] is not None:
-                    s = gradient_similarity(gradients[t], gradients[u], normalize).item()
+                    s = 1.0 if t == u else gradient_similarity(
+                        gradients[t], gradients[u], normalize).item()
                     total[[t, u], [u, t]] = total[t, u] + s
                     count[[t, u], [u, t]] = count[t, u] + 1
     model.backbone.requires_grad_(False)

@@ -54,12 +54,13 @@ class TGLoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (G*B, ..., k), groups one after another -> (G*B, ..., d)."""
-        if len(x) % len(self.ranks):
-            raise ValueError(f"TGLoRALinear: a batch of {len(x)} does not divide into "
+        if x.shape[0] % len(self.ranks):
+            raise ValueError(f"TGLoRALinear: a batch of {x.shape[0]} does not divide into "
                              f"{len(self.ranks)} groups")
         G, (d, k) = len(self.ranks), self.weight.shape[-2:]
         if self.merged:  # y_g = W_g x_g + bias
-            y = [F.linear(x_g, W_g, self.bias) for x_g, W_g in zip(x.chunk(G), self.weight)]
+            x = x.unflatten(0, (G, -1))
+            y = [F.linear(x[g], self.weight[g], self.bias) for g in range(G)]
             return torch.cat(y) if G > 1 else y[0]
         y = F.linear(x, self.weight, self.bias)
         if self.training and self.dropout:  # nn.Dropout would keep a mask of floats on the CPU

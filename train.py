@@ -15,23 +15,26 @@ import json
 import math
 import os
 import resource
+import signal
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from checkpoint import (VERSIONS, check_space, fingerprint, load_trained, open_log,
+                        read_checkpoint, save, trained_state, write_json)
 from data import (CLASSES, ToDevice, draw_augmentation, epoch_batches, loader, open_dataset,
                   warp)
-from eval import (draw_samples, evaluate, format_table, load_trained, predictor, read_checkpoint,
-                  reference)
+from eval import draw_samples, evaluate, format_table, predictor, reference
 from files import progress
 from grouping import Partition, build_tree, format_tree, name_tree, read_tree
-from model import (amp_dtype, build, fingerprint, ledger, pick_device, stage_ranks,
-                   trained_state)
+from model import amp_dtype, build, ledger, pick_device, stage_ranks
 from parallel import Team
 from similarity import finetune_decoders, format_similarity, task_similarity
 from table import read_results
@@ -274,20 +277,7 @@ def merit(found: dict) -> float:
     return -math.inf if math.isnan(value) else value
 
 
-# --- what a run leaves behind ---------------------------------------------------------------------
-def write_json(path: Path, value: dict) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1))
-    os.replace(temporary, path)
-
-
-def save(path: Path, state: dict) -> None:
-    """Write beside and rename, so that a checkpoint is never half there."""
-    temporary = path.with_name(path.name + ".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
-
-
+# --- around the run ------------------------------------------------------------------------------
 def memory_gib(device: torch.device) -> float:
     """Peak memory so far: allocated on the GPU, or resident on the CPU."""
     if device.type == "cuda":
@@ -319,14 +309,21 @@ def check_out(config: argparse.Namespace) -> tuple[Path, dict | None]:
     return out, None
 
 
-def open_log(path: Path, step: int):
-    """log.jsonl, one JSON object a line; when resuming, without what came after `step`."""
-    kept = [line for line in path.read_text().splitlines(True) if json.loads(line)["step"] <= step
-            ] if path.exists() and step else []
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
-    return open(path, "a", buffering=1)
+@contextmanager
+def stop_signals() -> Iterator[list[str]]:
+    """Collects SIGINT and SIGTERM: the run ends after its step. A second SIGINT ends it at once."""
+    received = []
+
+    def note(number: int, frame: object) -> None:
+        received.append(signal.Signals(number).name)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # --- the run --------------------------------------------------------------------------------------
@@ -369,6 +366,9 @@ def run(config: argparse.Namespace) -> None:
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
     step, best = 0, None
+    sums, since = torch.zeros(len(tasks), device=device), 0  # of the losses, since that step
+    if team.leads:
+        check_space(out, model)
     if not resumed and team.leads:
         write_json(out / "tree.json", {"tasks": config.tasks, "similarity": similarity,
                                        "tree": name_tree(tree, config.tasks)})
@@ -376,9 +376,10 @@ def run(config: argparse.Namespace) -> None:
         load_trained(model, resumed, out / "last.pt")
         optimizer.load_state_dict(resumed["optimizer"])
         scaler.load_state_dict(resumed["scaler"])
-        step, best = resumed["step"], resumed["best"]
+        step, best, since = resumed["step"], resumed["best"], resumed["since"]
+        sums = resumed["sums"].to(device)
     constant = {"config": {k: v for k, v in vars(config).items() if k != "resume"},
-                "tree": tree, "fingerprint": fingerprint(model)}
+                "tree": tree, "fingerprint": fingerprint(model), "versions": VERSIONS}
 
     # Epochs, as one list of batches.
     batches = epoch_batches(len(train_set), config.batch_size, config.epochs, config.seed)
@@ -388,37 +389,38 @@ def run(config: argparse.Namespace) -> None:
                          "processes; change --batch-size or --nproc_per_node")
     mine = [team.share(batch) for batch in batches]
     log = open_log(out / "log.jsonl", step) if team.leads else open(os.devnull, "w")
-    sums, since, began = torch.zeros(len(tasks), device=device), step, time.monotonic()
-    for batch in ToDevice(loader(train_set, mine[step:], config.workers), device):
-        seed = config.seed * 1_000_003 + step
-        torch.manual_seed(seed)
-        drawn = draw_augmentation(images, config.flip, config.scales, config.rotate)
-        image, labels = warp(batch, config.size, **{k: team.share(v) for k, v in drawn.items()})
-        torch.manual_seed(seed + 7919 * team.rank)  # dropout and drop path
-        rate = learning_rate(step, len(batches), config.lr, config.warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        model.train()
-        sums += train_step(net, tasks, optimizer, scaler, image, labels, config.accumulate,
-                           config.clip, amp, team)
-        step += 1
-        epoch, end_of_epoch = step // per_epoch, step % per_epoch == 0
+    began, first = time.monotonic(), step
+    with log, stop_signals() as signals:
+        for batch in ToDevice(loader(train_set, mine[step:], config.workers), device):
+            seed = config.seed * 1_000_003 + step
+            torch.manual_seed(seed)
+            drawn = draw_augmentation(images, config.flip, config.scales, config.rotate)
+            image, labels = warp(batch, config.size, **{k: team.share(v) for k, v in drawn.items()})
+            torch.manual_seed(seed + 7919 * team.rank)  # dropout and drop path
+            rate = learning_rate(step, len(batches), config.lr, config.warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            model.train()
+            sums += train_step(net, tasks, optimizer, scaler, image, labels, config.accumulate,
+                               config.clip, amp, team)
+            step += 1
+            epoch, end_of_epoch = step // per_epoch, step % per_epoch == 0
 
-        if step % config.log_every == 0 or end_of_epoch:
-            losses = dict(zip(config.tasks, (team.sum(sums) / (step - since)).tolist()))
-            check_finite(losses, since, step)
-            speed = images * (step - since) / (time.monotonic() - began)
-            eta = int((len(batches) - step) * images / speed)
-            log.write(json.dumps({"step": step, "epoch": epoch, "lr": rate, "loss": losses}) + "\n")
-            progress(f"step {step}/{len(batches)}  "
-                     + "  ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
-                     + f"  {speed:.1f} images/s  {memory_gib(device):.1f} GiB  ETA {eta // 3600}:"
-                     f"{eta // 60 % 60:02}:{eta % 60:02}", end_of_epoch)
-            sums, since, began = torch.zeros_like(sums), step, time.monotonic()
+            logs = step % config.log_every == 0 or end_of_epoch
+            if logs:
+                losses = dict(zip(config.tasks, (team.sum(sums) / (step - since)).tolist()))
+                check_finite(losses, since, step)
+                speed = images * (step - first) / (time.monotonic() - began)
+                eta = int((len(batches) - step) * images / speed)
+                log.write(json.dumps({"step": step, "epoch": epoch, "lr": rate, "loss": losses})
+                          + "\n")
+                progress(f"step {step}/{len(batches)}  "
+                         + "  ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+                         + f"  {speed:.1f} images/s  {memory_gib(device):.1f} GiB  "
+                         f"ETA {eta // 3600}:{eta // 60 % 60:02}:{eta % 60:02}", end_of_epoch)
+                sums, since, began, first = torch.zeros_like(sums), step, time.monotonic(), step
 
-        if end_of_epoch:
-            state = {**constant, "model": trained_state(model), "step": step}
-            if epoch % config.eval_every == 0 or step == len(batches):
+            if end_of_epoch and (epoch % config.eval_every == 0 or step == len(batches)):
                 found = evaluate(predictor(model, amp), tasks, val_batches, config.size,
                                  team.gather)
                 found |= {"step": step, "epoch": epoch}
@@ -430,12 +432,21 @@ def run(config: argparse.Namespace) -> None:
                 if best is None or merit(found) > merit(best):
                     best = found
                     if team.leads:
-                        save(out / "best.pt", {**state, "best": best})
-            if team.leads:
-                save(out / "last.pt", {**state, "best": best, "optimizer": optimizer.state_dict(),
-                                       "scaler": scaler.state_dict()})
-            began = time.monotonic()
-    log.close()
+                        save(out / "best.pt", {**constant, "model": trained_state(model),
+                                               "step": step, "best": best})
+                began = time.monotonic()
+
+            # Processes agree on stopping where they agree on the log.
+            stop = signals and team.size == 1 or logs and team.any(bool(signals))
+            if team.leads and (end_of_epoch or stop):
+                save(out / "last.pt", {
+                    **constant, "model": trained_state(model), "step": step, "best": best,
+                    "sums": sums, "since": since, "optimizer": optimizer.state_dict(),
+                    "scaler": scaler.state_dict()})
+            if stop:
+                team.close()
+                raise SystemExit(f"stopped by {' '.join(signals) or 'a signal'} after step {step} "
+                                 f"of {len(batches)}; continue with --resume")
 
     # The table and the pictures, of best.pt.
     if team.leads:
@@ -457,8 +468,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         run(parse_arguments(argv))
     except KeyboardInterrupt:
-        raise SystemExit("interrupted; last.pt is of the last whole epoch, continue with --resume"
-                         ) from None
+        raise SystemExit("interrupted; if there is a last.pt, continue with --resume") from None
     except (ValueError, OSError) as error:  # bad input; anything else is a bug and shows its trace
         raise SystemExit(f"error: {str(error).strip().splitlines()[-1]}") from error
 

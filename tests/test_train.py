@@ -310,9 +310,9 @@ def test_bad_checkpoints_are_refused(rooms_run, tmp_path):
     state = torch.load(good, weights_only=True)
     state["model"].pop(next(iter(state["model"])))
     torch.save(state, bad)
-    assert "1 weights missing" in refused("--checkpoint", bad, by=eval)
+    assert "1 weights are missing" in refused("--checkpoint", bad, by=eval)
     shutil.copy(bad, tmp_path / "last.pt")
-    assert "1 weights missing" in refused("--resume", "--out", tmp_path)
+    assert "1 weights are missing" in refused("--resume", "--out", tmp_path)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_task(tmp_path, monkeypatch):

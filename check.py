@@ -1,0 +1,117 @@
+"""Read every file of a dataset once and say what is wrong with it, before days are spent on it.
+
+    python data.py --check --dataset nyud --data-root data       # exit code 0: usable
+
+Named one by one: files that are missing or cannot be read, or of another size than their image;
+class numbers that cannot be; depth that looks like millimetres, normals that are not of length 1;
+images in both splits. Noted: labels without any valid pixel, which training simply skips. Then
+numbers that a person can judge: image sizes, the share of valid pixels, how often each class is
+there, the range of depth, the mean normal.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data import CLASSES, LAYOUTS, Files
+from files import find_dataset, progress
+from tasks import make_tasks
+
+
+class Summary:
+    """What one task's labels hold, image by image: pixels, valid pixels, and the values."""
+
+    def __init__(self, task):
+        self.task, self.pixels, self.valid, self.empty = task, 0, 0, []
+        self.sums, self.least, self.most = 0.0, np.inf, -np.inf
+
+    def add(self, value: np.ndarray, id: str) -> None:
+        label = torch.from_numpy(np.ascontiguousarray(value))
+        label = (label.permute(2, 0, 1) if label.ndim == 3 else label.long())[None]
+        valid = self.task.valid(label).flatten()
+        self.pixels += valid.numel()
+        self.valid += int(valid.sum())
+        if not valid.any():
+            self.empty.append(id)
+            return
+        values = (label.movedim(1, -1) if label.ndim == 4 else label).flatten(1).reshape(
+            len(valid), -1)[valid]  # (N, channels)
+        if self.task.name in ("depth", "normals"):
+            self.sums += values.double().sum(0).numpy()
+        else:
+            self.sums += torch.bincount(values[:, 0], minlength=CLASSES["nyud"]).numpy()
+        self.least, self.most = min(self.least, values.min()), max(self.most, values.max())
+
+    def __str__(self) -> str:
+        text = f"  {self.task.name:<12} valid {self.valid / max(1, self.pixels):6.1%}"
+        if self.valid and self.task.name == "depth":
+            mean = self.sums[0] / self.valid
+            text += f"   {self.least:.2f} to {self.most:.2f} m, mean {mean:.2f}"
+        elif self.valid and self.task.name == "normals":
+            text += "   mean (x right, y down, z to the camera) " + " ".join(
+                f"{x:+.2f}" for x in self.sums / self.valid)
+        elif self.valid:
+            shares = self.sums / self.valid
+            text += "   classes " + "  ".join(f"{c}: {s:.1%}" for c, s in enumerate(shares) if s)
+        if self.empty:
+            text += (f"\n{'':<15}no valid pixel in {len(self.empty)} images: "
+                     f"{', '.join(self.empty[:6])}{' ...' if len(self.empty) > 6 else ''}")
+        return text
+
+
+def check_split(name: str, root: Path, split: str, tasks: list) -> tuple[list[str], str, list[str]]:
+    """Read one split. Returns what is wrong, one sentence each, the summary, and the images."""
+    dataset = Files(name, root, split, [task.name for task in tasks], complete=False)
+    wrong, sizes, summaries = [], [], {task.name: Summary(task) for task in tasks}
+    for i, id in enumerate(dataset.ids, 1):
+        size = None
+        for kind in dataset.readers:  # the image first
+            try:
+                value = dataset.read(kind, id, size)
+            except ValueError as error:
+                wrong.append(str(error))
+                if kind == "image":  # there is nothing to compare its labels with
+                    break
+                continue
+            if kind == "image":
+                size = value.shape[:2]
+                sizes.append(size)
+            else:
+                summaries[kind].add(value, id)
+        progress(f"{name} {split}: {i} of {len(dataset)} images, {len(wrong)} wrong",
+                 i == len(dataset))
+    text = f"{split}: {len(sizes)} of {len(dataset)} images readable"
+    if sizes:
+        text += ", {}x{} to {}x{}".format(*min(sizes), *max(sizes))
+    return wrong, "\n".join([text, *map(str, summaries.values())]), dataset.ids
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--check", action="store_true", required=True, help="read every file once")
+    add("--dataset", choices=sorted(LAYOUTS), required=True, help="which one")
+    add("--data-root", default="data", help="folder of the dataset, or its archive")
+    args = parser.parse_args(argv)
+    tasks = make_tasks([kind for kind in LAYOUTS[args.dataset]["files"] if kind != "image"],
+                       CLASSES[args.dataset])
+    try:
+        root = find_dataset(args.dataset, args.data_root)
+        splits = [check_split(args.dataset, root, split, tasks) for split in ("train", "val")]
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {str(error).strip().splitlines()[-1]}") from error
+    wrong = [sentence for found, _, _ in splits for sentence in found]
+    both = sorted(set(splits[0][2]) & set(splits[1][2]))
+    if both:
+        wrong.append(f"{args.dataset}: {len(both)} images are in train and in val: "
+                     f"{', '.join(both[:6])}")
+    print("\n".join([text for _, text, _ in splits] + wrong))
+    if wrong:
+        raise SystemExit(f"{root} is not usable: {len(wrong)} faults, named above")
+    print(f"{root} is usable")
+
+
+if __name__ == "__main__":
+    main()
