@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import files
-from files import find_dataset, progress, read_array, read_ids, read_image, read_mat
+from files import apart, find_dataset, progress, read_array, read_ids, read_image, read_mat
 from rooms import ROOM_CLASSES, render_room
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as the backbone expects
@@ -61,7 +61,7 @@ def read_voc_classes(path: Path) -> np.ndarray:
     value = read_image(path, None)
     if ((value >= CLASSES["pascal"]) & (value != 255)).any():
         raise ValueError(f"{path} holds class {value[value != 255].max()}, expected 0 to 20 or 255")
-    return value
+    return value.astype(np.uint8)
 
 
 def read_saliency(path: Path) -> np.ndarray:
@@ -161,7 +161,7 @@ def parsed(path: Path) -> Path:
     if not kept.is_file() or kept.stat().st_mtime < path.stat().st_mtime:
         kept.parent.mkdir(parents=True, exist_ok=True)
         temporary = kept.with_suffix(f".{os.getpid()}.tmp")
-        Image.fromarray(make(path)).save(temporary, "png")
+        Image.fromarray(apart(make, path)).save(temporary, "png")
         os.replace(temporary, kept)
     return kept
 

@@ -6,12 +6,18 @@ An archive is unpacked once, whole or not at all, and only what stays inside its
 continues where it broke off. Errors name the file, what was expected, and where to get it.
 """
 
+import http.client
+import multiprocessing
 import shutil
 import sys
 import tarfile
 import urllib.error
 import urllib.request
 import zlib
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +37,7 @@ SOURCES = {
         documented="PASCAL_MT.tgz: https://github.com/facebookresearch/astmt; PASCALContext.tar.gz:"
                    " https://github.com/prismformore/Multi-Task-Transformer"),
 }
+TIMEOUT = 30  # seconds without a byte
 CACHE = Path("data")  # archives are unpacked here, and what is computed from a dataset is kept
 
 
@@ -54,6 +61,11 @@ def find_dataset(name: str, source: Path, fetch: bool = False) -> Path:
         source.mkdir(parents=True, exist_ok=True)
         archive = source / known["archives"][0]
         download(known["url"], archive, known["documented"])
+        try:
+            unpack(name, archive)
+        except ValueError:
+            archive.unlink()  # what came is not the dataset: the next try shall not find it
+            raise
     if archive is not None:
         return find_dataset(name, unpack(name, archive))
     state = (f"holds neither {known['marker']}/ nor an archive" if source.is_dir() else
@@ -85,8 +97,11 @@ def unpack(name: str, archive: Path, into: Path | None = None) -> Path:
         partial.mkdir(parents=True)
         with tarfile.open(archive) as tar:
             tar.extractall(partial, filter="data")  # refuses what leads outside the folder
-        if not any(partial.glob(f"*/{known['marker']}/*.txt")):
-            raise ValueError(f"it holds no {known['marker']}/*.txt")
+            while tar.fileobj.read(1 << 20):  # to its end, where gzip's checksum is
+                pass
+        for split in ("train.txt", "val.txt"):
+            if not any(partial.glob(f"*/{known['marker']}/{split}")):
+                raise ValueError(f"it holds no {known['marker']}/{split}")
         partial.rename(folder)
     except (tarfile.TarError, EOFError, zlib.error, OSError, ValueError) as error:
         reason = str(error).split(":")[0].splitlines()[0]
@@ -103,22 +118,25 @@ def download(url: str, path: Path, documented: str) -> None:
     start = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     try:
-        with urllib.request.urlopen(request, timeout=30) as reply:
+        with urllib.request.urlopen(request, timeout=TIMEOUT) as reply:
             if "html" in reply.headers.get("Content-Type", ""):
                 raise ValueError("the server sent a web page, not the file")
             start = start if reply.status == 206 else 0  # 200: the server cannot continue
             total = start + int(reply.headers.get("Content-Length", 0))
             with open(part, "ab" if start else "wb") as file:
-                while block := reply.read(1 << 20):
+                while block := reply.read1(1 << 20):  # what has come so far
                     file.write(block)
                     progress(f"{path.name}: {file.tell() / 1e6:.0f} of {total / 1e6:.0f} MB",
                              file.tell() >= total)
-        if part.stat().st_size < total:
-            raise ValueError("the connection ended early")
-    except (urllib.error.URLError, OSError, ValueError) as error:
-        kept = f"; {part} is kept, run again to continue" if part.exists() else ""
-        raise ValueError(f"download of {url} failed: {error}{kept}. Other sources: "
-                         f"{documented}") from error
+        if part.stat().st_size != total and total > start:
+            raise ValueError(f"{part.stat().st_size} bytes came, expected {total}")
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        whole = isinstance(error, urllib.error.HTTPError) and error.code == 416 and (
+            error.headers.get("Content-Range") == f"bytes */{start}")  # only its name is missing
+        if not whole:
+            kept = f"; {part} is kept, run again to continue" if part.exists() else ""
+            raise ValueError(f"download of {url} failed: {error}{kept}. Other sources: "
+                             f"{documented}") from error
     part.rename(path)
 
 
@@ -154,6 +172,20 @@ def read_mat(path: Path, key: str) -> np.ndarray | dict:
         found = ", ".join(k for k in content if not k.startswith("__")) or "nothing"
         raise ValueError(f"{path} has no variable {key}; it holds {found}")
     return content[key]
+
+
+@lru_cache(maxsize=None)
+def other_process() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, multiprocessing.get_context("forkserver"))
+
+
+def apart(read: Callable[[Path], np.ndarray], path: Path) -> np.ndarray:
+    """read(path), in another process: a damaged MATLAB file can crash scipy, and us with it."""
+    try:
+        return other_process().submit(read, path).result()
+    except BrokenProcessPool as error:
+        other_process.cache_clear()
+        raise ValueError(f"cannot read {path}: its reader crashes") from error
 
 
 def read_ids(path: Path) -> list[str]:

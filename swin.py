@@ -15,6 +15,7 @@ References: arXiv 2103.14030; https://github.com/microsoft/Swin-Transformer (nam
 """
 
 import re
+import zipfile
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -270,9 +271,11 @@ def read_weights(source: str, name: str) -> dict[str, Tensor]:
         raise ValueError(f"weights: no file {source}; expected imagenet, torchvision, or the path "
                          "of a Swin checkpoint")
     try:
+        if zipfile.is_zipfile(path) and (broken := zipfile.ZipFile(path).testzip()):
+            raise ValueError(f"checksum of {broken}")  # torch.load does not compare it
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load documents no exception types for a damaged file
-        raise ValueError(f"weights: {source} is not a readable PyTorch checkpoint "
+        raise ValueError(f"weights: {source} is not a readable PyTorch checkpoint, or is damaged "
                          f"({type(error).__name__})") from error
 
 
@@ -285,7 +288,9 @@ def load_weights(swin: SwinTransformer, source: str, name: str = "tiny") -> dict
     missing, unexpected or misshapen weight, or says what could not be fetched or read.
     """
     state = read_weights(source, name)
-    state = state.get("model", state.get("state_dict", state)) if isinstance(state, dict) else {}
+    for key in ("model", "state_dict"):
+        state = state.get(key, state) if isinstance(state, dict) else {}
+    state = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
     state, own = official_names(state), swin.state_dict()
     problems = {
         "missing": [k for k in own if k not in state],

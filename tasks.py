@@ -240,8 +240,10 @@ def delta_m(results: dict, baseline: dict) -> float:
     for task in make_tasks(list(results), classes=1):
         try:
             base = float(baseline[task.name][task.metric])
+            if not 0 < base < math.inf:
+                raise ValueError
             gain = (results[task.name][task.metric] - base) / base
-        except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        except (KeyError, TypeError, ValueError):
             raise ValueError(f"baseline: no {task.metric} of {task.name}, or not a number above 0; "
                              'expected {"results": {task: {metric: value}}}') from None
         gains.append(gain if task.higher_is_better else -gain)

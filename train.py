@@ -185,7 +185,10 @@ def read_baseline(paths: list[str], tasks: list) -> dict:
     baseline = {}
     for path in paths:
         baseline |= read_results(Path(path))["results"]
-    delta_m({task.name: {task.metric: 1.0} for task in tasks}, baseline)  # is every task there?
+    try:
+        delta_m({task.name: {task.metric: 1.0} for task in tasks}, baseline)
+    except ValueError as error:
+        raise ValueError(f"{', '.join(paths)}: {error}") from error
     return baseline
 
 

@@ -1,9 +1,6 @@
 """data.py: rooms, both NYUD layouts, archives and downloads, and the warp against rendering."""
 
-import http.server
 import shutil
-import tarfile
-import threading
 
 import numpy as np
 import pytest
@@ -13,7 +10,7 @@ from PIL import Image
 
 from data import (NYU_CLASSES, PARTS, Files, Rooms, collate, draw_augmentation, epoch_batches,
                   loader, warp)
-from files import download, find_dataset, unpack
+from files import find_dataset
 from rooms import render_room
 
 TASKS = ["semseg", "depth", "normals"]
@@ -280,7 +277,7 @@ def test_matlab_files_are_parsed_once_and_kept_elsewhere(pascal_folder, monkeypa
     first = Files("pascal", pascal_folder, "train", PASCAL)[0]
     assert "6 of 6 MATLAB files" in capsys.readouterr().out
     assert sorted(pascal_folder.rglob("*")) == before
-    monkeypatch.setattr("data.read_mat", lambda *a: pytest.fail("parsed again"))
+    monkeypatch.setattr("data.apart", lambda *a: pytest.fail("parsed again"))
     again = Files("pascal", pascal_folder, "train", PASCAL)[0]
     assert all(torch.equal(first[k], again[k]) for k in first)
     (pascal_folder / "human_parts/2008_000008.mat").touch()
@@ -335,62 +332,3 @@ def test_bad_splits_and_classes_are_named(pascal_folder):
     Image.new("L", (500, 375), 33).save(pascal_folder / "semseg/VOC12/2008_000026.png")
     with pytest.raises(ValueError, match="holds class 33, expected 0 to 20 or 255"):
         Files("pascal", pascal_folder, "val", PASCAL)[0]
-
-
-# --- archives and downloads ---
-def make_archive(path, name):
-    """A tar with a good split file and one member called `name`."""
-    source = path.parent / "source.txt"
-    source.write_text("1\n")
-    with tarfile.open(path, "w:gz") as tar:
-        tar.add(source, "NYUD_MT/gt_sets/train.txt")
-        tar.add(source, name)
-    return path
-
-
-@pytest.mark.parametrize("name", ["../outside.txt", "/tmp/tglora_outside.txt/../../x", None])
-def test_bad_archives_leave_nothing_behind(tmp_path, name):
-    """A path that escapes, or half an archive: an error, and no folder that looks complete."""
-    path = make_archive(tmp_path / "NYUD_MT.tgz", name or "NYUD_MT/fine.txt")
-    if name is None:
-        path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(ValueError, match="cannot unpack .*NYUD_MT.tgz"):
-        unpack("nyud", path, tmp_path / "into")
-    assert not any((tmp_path / "into").iterdir()) and not (tmp_path / "outside.txt").exists()
-
-
-class Ranges(http.server.BaseHTTPRequestHandler):
-    """Serves `content`; the first request breaks off half way, later ones continue."""
-
-    content, ranges = bytes(range(256)) * 4000, []
-
-    def do_GET(self):
-        asked = self.headers.get("Range")
-        self.ranges.append(asked)
-        start = int(asked[6:-1]) if asked else 0
-        if self.path == "/missing":
-            return self.send_error(404)
-        self.send_response(206 if asked else 200)
-        self.send_header("Content-Length", str(len(self.content) - start))
-        self.end_headers()
-        end = len(self.content) if asked else len(self.content) // 2
-        self.wfile.write(self.content[start:end])
-
-    def log_message(self, *args):
-        pass
-
-
-def test_an_interrupted_download_continues(tmp_path):
-    """The half that came is kept, the second try asks for the rest only."""
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Ranges) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}"
-        with pytest.raises(ValueError, match="run again to continue. Other sources: elsewhere"):
-            download(url + "/file", tmp_path / "file", "elsewhere")
-        assert not (tmp_path / "file").exists()
-        download(url + "/file", tmp_path / "file", "elsewhere")
-        with pytest.raises(ValueError, match="404"):
-            download(url + "/missing", tmp_path / "other", "elsewhere")
-        server.shutdown()
-    assert (tmp_path / "file").read_bytes() == Ranges.content
-    assert Ranges.ranges[1] == f"bytes={len(Ranges.content) // 2}-"
