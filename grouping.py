@@ -148,5 +148,8 @@ def read_tree(path: str | Path, names: Sequence[str]) -> list[Partition]:
     if unknown:
         raise ValueError(f"tree: {path} is for other tasks: {', '.join(sorted(map(str, unknown)))} "
                          f"not among {', '.join(names)}")
-    check_tree(tree, len(names))
+    try:
+        check_tree(tree, len(names))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return tree

@@ -69,6 +69,70 @@ def test_evaluation_of_a_checkpoint_repeats_the_runs_numbers(rooms_run, capsys):
     assert "4 images" in capsys.readouterr().out
 
 
+def test_the_table_says_what_its_numbers_are_of(rooms_run, capsys):
+    """How many images, at which size, which metric is compared, over how many valid pixels."""
+    eval.main(["--checkpoint", str(rooms_run / "best.pt"), "--device", "cpu"])
+    first, head, *rows = capsys.readouterr().out.splitlines()
+    assert first.startswith("4 images at 56x56, loss ")
+    assert head.split() == ["task", "metric", "result", "constant", "valid", "pixels"]
+    starred = [row.split() for row in rows if "*" in row]
+    assert [(r[0], r[1], r[4], r[5]) for r in starred] == [
+        ("semseg", "mIoU", "*up", f"{4 * 56 * 56:,}"), ("depth", "rmse", "*down", "12,544"),
+        ("normals", "mean", "*down", "12,544")]
+
+
+def test_nan_predictions_are_counted_and_not_averaged_away(rooms_run, capsys, monkeypatch):
+    """Seven pixels of one image: the metric is NaN, the table says how many, the rest stands."""
+    predictor = eval.predictor
+
+    def spoiled(*a):
+        predict, calls = predictor(*a), []
+
+        def broken(image):
+            found = predict(image)
+            if not calls:
+                found["depth"][0, 0, 3, :7] = float("nan")
+            calls.append(image)
+            return found
+        return broken
+    monkeypatch.setattr(eval, "predictor", spoiled)
+    eval.main(["--checkpoint", str(rooms_run / "best.pt"), "--device", "cpu"])
+    text = capsys.readouterr().out
+    assert "the prediction is not a number (NaN) at 7 of 12,544 valid pixels" in text
+    values = {tuple(row.split()[:2]): row.split()[2] for row in text.splitlines()[2:]}
+    assert values["depth", "rmse"] == "nan" and float(values["normals", "mean"]) > 0
+
+
+def test_images_without_any_label_are_no_number(rooms_run, tmp_path, monkeypatch, capsys):
+    """A task that no image labels has NaN, for the constant too, and 0 valid pixels."""
+    render = eval.open_dataset
+
+    def unlabelled(*a):
+        samples = render(*a)
+        for sample in samples.samples:
+            sample["depth"] = sample["depth"] * 0
+        return samples
+    monkeypatch.setattr(eval, "open_dataset", unlabelled)
+    eval.main(["--checkpoint", str(rooms_run / "best.pt"), "--device", "cpu", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert np.isnan(found["results"]["depth"]["rmse"]) and found["pixels"]["depth"] == 0
+    assert np.isnan(found["reference"]["depth"]["rmse"]) and np.isfinite(found["loss"])
+    assert found["results"]["semseg"]["mIoU"] > 0
+
+
+def test_evaluation_does_not_depend_on_the_batch_size(tmp_path):
+    """Two runs that differ in nothing else but it evaluate the same weights to the last bit."""
+    run("--out", tmp_path / "run", "--method", "decoders", "--epochs", "1")
+    found = []
+    for batch_size in (1, 3):
+        state = torch.load(tmp_path / "run/best.pt", weights_only=True)
+        state["config"]["batch_size"] = batch_size
+        torch.save(state, tmp_path / "other.pt")
+        args = eval.parse_arguments(["--checkpoint", str(tmp_path / "other.pt"), "--json"])
+        found.append(eval.evaluate_checkpoint(args))
+    assert found[0] == found[1]
+
+
 def test_a_saved_tree_replaces_the_similarity_and_gives_the_same_run(rooms_run, tmp_path, capsys):
     """--tree FILE: nothing is computed, and the training is bit for bit the same."""
     run("--out", tmp_path / "again", "--tree", rooms_run / "tree.json")
