@@ -37,9 +37,9 @@ from tasks import make_tasks
 from tglora import merge
 from train import make_optimizer, memory_gib, parse_arguments, train_step
 
-TREES = {"1,1,1,1 (MTL-LoRA)": "--groups 1,1,1,1", "1,2,3,4 (TGLoRA)": "--groups 1,2,3,4",
-         "4,4,4,4": "--groups 4,4,4,4"}
-STEPS = {**TREES, "full": "--method full", "decoders": "--method decoders"}
+NETWORKS = {"1,1,1,1 (MTL-LoRA)": "--groups 1,1,1,1", "1,2,3,4 (TGLoRA)": "--groups 1,2,3,4",
+            "4,4,4,4": "--groups 4,4,4,4", "MTLoRA": "--method mtlora"}
+STEPS = {**NETWORKS, "full": "--method full", "decoders": "--method decoders"}
 
 
 def network(args: argparse.Namespace, flags: str) -> tuple[nn.Module, list, argparse.Namespace]:
@@ -166,7 +166,7 @@ def backbone(args: argparse.Namespace, rate: float) -> Iterator[dict]:
 
 
 def step(args: argparse.Namespace, rate: float) -> Iterator[dict]:
-    """One training step of four tasks: three trees, no adapters, and a backbone for each task."""
+    """One training step of four tasks: three trees, MTLoRA, no adapters, a backbone for each."""
     memory = {name: peak(args, flags) for name, flags in STEPS.items()}
     sides = {name: step_of(args, flags) for name, flags in STEPS.items()}
     single = [step_of(args, f"--tasks {task} --rank 16")
@@ -182,14 +182,14 @@ def inference(args: argparse.Namespace, rate: float) -> Iterator[dict]:
     """Four predictions, adapters beside the weights and merged into them."""
     for batch in sorted({1, args.batch}):
         image = inputs(args, batch)[0]
-        for tree, flags in TREES.items():
+        for name, flags in NETWORKS.items():
             models = {"unmerged": network(args, flags)[0], "merged": merge(network(args, flags)[0])}
             seconds = alternate(args, {
-                name: partial(torch.no_grad()(predictor(model, amp_dtype(args.amp, args.device))),
-                              image) for name, model in models.items()})
-            gmacs = {name: count_macs(model, (args.size,) * 2)["macs_all"] * batch / 1e9
-                     for name, model in models.items()}
-            yield from rows(f"inference {tree}, batch {batch}", seconds, gmacs, rate)
+                how: partial(torch.no_grad()(predictor(model, amp_dtype(args.amp, args.device))),
+                             image) for how, model in models.items()})
+            gmacs = {how: count_macs(model, (args.size,) * 2)["macs_all"] * batch / 1e9
+                     for how, model in models.items()}
+            yield from rows(f"inference {name}, batch {batch}", seconds, gmacs, rate)
 
 
 def data(args: argparse.Namespace, rate: float) -> Iterator[dict]:

@@ -207,9 +207,9 @@ def count_macs(model: nn.Module, size: tuple[int, int]) -> dict[str, int]:
             dense = output.numel() * (module.weight[0].numel() + (module.bias is not None))
         else:
             d, k = module.weight.shape[-2:]
-            dense = x.numel() // k * d * (k + (module.bias is not None))
+            dense = output.numel() * (k + (module.bias is not None))
             if isinstance(module, TGLoRALinear) and not module.merged:
-                rows = x.numel() // k // len(module.ranks)
+                rows = output.numel() // d // len(module.ranks)  # of a group
                 extra = rows * sum(module.ranks) * (k + d)
         macs["macs_linear_conv"] += dense
         macs["macs_all"] += dense + extra

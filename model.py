@@ -19,6 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+import mtlora
 from decoders import Decoder
 from grouping import Partition, check_tree, parents
 from swin import SwinTransformer, build_swin, load_weights
@@ -52,14 +53,13 @@ class MultiTaskNet(nn.Module):
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         """Image (B, 3, H, W), normalised -> each task's prediction, (B, outputs, H, W)."""
-        x = self.backbone.patch_embed(image)  # (B, H/4, W/4, C)
-        groups, maps = 1, []
+        x = self.backbone.patch_embed(image)[None]  # (G, B, h, w, C) with one group
+        maps = []
         for stage, parent in zip(self.backbone.layers, self.parents):
-            if len(parent) > groups:  # the tree branches here
-                x = x.unflatten(0, (groups, -1))  # (G, B, h, w, c) of the stage before
-                x, groups = torch.cat([x[p] for p in parent]), len(parent)  # (G*B, h, w, c)
-            x = stage(x)
-            maps.append(x.unflatten(0, (groups, -1)))  # (G, B, h, w, c)
+            if len(parent) != len(x):  # the tree branches here
+                x = torch.stack([x[p] for p in parent])
+            x = stage(x.flatten(0, 1)).unflatten(0, (-1, x.shape[1]))  # (G, B, h, w, c)
+            maps.append(x)
         return {name: decoder([m[g] for m, g in zip(maps, self.group_of[name])], image.shape[2:])
                 for name, decoder in self.decoders.items()}
 
@@ -93,6 +93,8 @@ def build(config: Namespace, tasks: Sequence, tree: Sequence[Partition]) -> Mult
     model = MultiTaskNet(backbone, tasks, tree)
     if config.method == "tglora":
         model.adapt(config.layers, stage_ranks(config), config.dropout)
+    elif config.method in mtlora.METHODS:
+        mtlora.adapt(model, config.rank, dropout=config.dropout, **mtlora.METHODS[config.method])
     elif config.method == "full":
         backbone.requires_grad_(True)
     return model

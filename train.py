@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import mtlora
 from checkpoint import (VERSIONS, check_space, fingerprint, load_trained, open_log,
                         read_checkpoint, save, trained_state, write_json)
 from data import (CLASSES, ToDevice, draw_augmentation, epoch_batches, loader, open_dataset,
@@ -114,7 +115,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--size", type=size_pair, help="training size, H or HxW; images are resized to it")
     add("--backbone", help="preset of swin.py: mini, tiny, small, base")
     add("--weights", help="imagenet, torchvision, none (random) or a Swin checkpoint's path")
-    add("--method", choices=("tglora", "full", "decoders"), default="tglora",
+    add("--method", choices=("tglora", *mtlora.METHODS, "full", "decoders"), default="tglora",
         help="adapters on a frozen backbone, full fine-tuning, or the decoders alone")
     add("--groups", type=integers,
         help="task groups a stage, as in 1,1,2,3; without it, the paper's for so many tasks")
@@ -345,6 +346,8 @@ def run(config: argparse.Namespace) -> None:
     with team.leader_first():
         train_set, val_set = open_dataset(config, "train"), open_dataset(config, "val")
         out.mkdir(parents=True, exist_ok=True)
+        if not os.access(out, os.W_OK):
+            raise ValueError(f"--out {out} cannot be written to")
     one_by_one = [[i] for i in range(len(val_set))]
     val_batches = ToDevice(loader(val_set, team.share(one_by_one), config.workers), device)
 
@@ -364,7 +367,7 @@ def run(config: argparse.Namespace) -> None:
           f"+ others {counts['others']:,} = {counts['trainable']:,} of {counts['total']:,}")
     if config.compile:
         warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
-        model.compile(dynamic=False, fullgraph=True)  # leaves the names of the weights as they are
+        model.compile(dynamic=False, fullgraph=team.size == 1)  # the weights keep their names
     net = team.wrap(model)
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
@@ -380,7 +383,7 @@ def run(config: argparse.Namespace) -> None:
         optimizer.load_state_dict(resumed["optimizer"])
         scaler.load_state_dict(resumed["scaler"])
         step, best, since = resumed["step"], resumed["best"], resumed["since"]
-        sums = resumed["sums"].to(device)
+        sums = resumed["sums"].to(device) * team.leads
     constant = {"config": {k: v for k, v in vars(config).items() if k != "resume"},
                 "tree": tree, "fingerprint": fingerprint(model), "versions": VERSIONS}
 

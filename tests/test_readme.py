@@ -42,13 +42,13 @@ def test_the_cost_shown_is_the_cost_printed(capsys):
 NUMBER = r"([\d.]+)"
 ROWS = re.findall(rf"^\| ([^|]+) \| (`[^|]*`|) \| {NUMBER} \| {NUMBER}, {NUMBER} \| [^|]* \|"
                   rf" {NUMBER} \|", README, re.M)
-NOT_REPRODUCED = {"single-task full", "multi-task full", "decoders only"}
+NOT_REPRODUCED = {"single-task full", "multi-task full"}
 
 
 def test_the_papers_rows_are_what_the_flags_give():
     """Parameters and GMACs of every row, summed over the runs of single-task rows."""
     dataset, tasks = "pascal", "semseg human_parts sal normals".split()
-    assert len(ROWS) == 32
+    assert len(ROWS) == 39
     for name, flags, trained, macs, all_macs, paper in ROWS:
         if name == "single-task full" and trained.startswith("84"):
             dataset, tasks = "nyud", "semseg normals depth".split()
@@ -58,7 +58,9 @@ def test_the_papers_rows_are_what_the_flags_give():
         for key, shown, unit in (("trainable", trained, 1e6), ("macs_linear_conv", macs, 1e9),
                                  ("macs_all", all_macs, 1e9)):
             assert f"{sum(f[key] for f in found) / unit:.2f}" == shown, (dataset, name, flags)
-        assert trained == paper or name in NOT_REPRODUCED, (dataset, name, flags)
+        exact = sum(f["trainable"] for f in found) / 1e6
+        cut = f"{int(100 * exact) / 100:.2f}"  # the papers cut some off where they round others
+        assert paper in (trained, cut) or name in NOT_REPRODUCED, (dataset, name, flags)
 
 
 def test_the_list_of_files_is_complete_and_its_sizes_are_right():
