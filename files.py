@@ -182,7 +182,7 @@ def other_process() -> ProcessPoolExecutor:
 def apart(read: Callable[[Path], np.ndarray], path: Path) -> np.ndarray:
     """read(path), in another process: a damaged MATLAB file can crash scipy, and us with it."""
     try:
-        return other_process().submit(read, path).result()
+        return other_process().submit(read, path.resolve()).result()
     except BrokenProcessPool as error:
         other_process.cache_clear()
         raise ValueError(f"cannot read {path}: its reader crashes") from error

@@ -165,6 +165,7 @@ def test_a_tree_of_another_depth_is_refused():
         MultiTaskNet(build_swin("mini"), TASKS, TREE[1:])
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 def test_the_network_compiles_without_a_graph_break():
     """torch.compile's tracing alone (no C++ compiler): one graph, and the same predictions."""
     model, x = network(), torch.randn(2, 3, 56, 84)
