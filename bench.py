@@ -61,7 +61,7 @@ def inputs(args: argparse.Namespace, batch: int) -> tuple[torch.Tensor, dict]:
         "human_parts": torch.randint(7, size, **where), "sal": torch.randint(2, size, **where)}
 
 
-def step_of(args: argparse.Namespace, flags: str) -> tuple[Callable, float]:
+def step_of(args: argparse.Namespace, flags: str, compiled: bool = False) -> tuple[Callable, float]:
     """A function that does one training step, and the GMACs of it."""
     model, tasks, config = network(args, flags)
     macs = count_macs(model, (args.size, args.size))
@@ -69,8 +69,8 @@ def step_of(args: argparse.Namespace, flags: str) -> tuple[Callable, float]:
         work = macs["macs_all"] + 2 * decoder_macs(model, args.size)
     else:
         work = macs["macs_all"] * (3 if "full" in flags else 2)
-    if args.compile:
-        model.compile(dynamic=False)
+    if compiled:
+        model.compile(dynamic=False, fullgraph=True)
     amp = amp_dtype(args.amp, args.device)
     step = partial(train_step, model.train(), tasks, make_optimizer(model, config.lr, 0.05),
                    torch.amp.GradScaler(args.device.type, enabled=amp is torch.float16),
@@ -173,6 +173,8 @@ def step(args: argparse.Namespace, rate: float) -> Iterator[dict]:
               for task in ("semseg", "human_parts", "sal", "normals")]
     sides["a LoRA backbone for each"] = (lambda: [step() for step, _ in single],  # the obvious way
                                          sum(work for _, work in single))
+    if args.compile:
+        sides["1,2,3,4, compiled"] = step_of(args, NETWORKS["1,2,3,4 (TGLoRA)"], compiled=True)
     seconds = alternate(args, {name: do for name, (do, _) in sides.items()})
     yield from rows("training step", seconds, {name: work for name, (_, work) in sides.items()},
                     rate, memory)
@@ -274,7 +276,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--rounds", type=int, default=5, help="measured rounds of each comparison")
     add("--backbone", default="tiny", help="preset of swin.py, for all but the first part")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision")
-    add("--compile", action="store_true", help="training steps by torch.compile")
+    add("--compile", action="store_true", help="TGLoRA's step by torch.compile too")
     add("--data-root", help="NYUD-v2, for its rows of the data part")
     add("--json", help="write the rows to this file too")
     args = parser.parse_args(argv)

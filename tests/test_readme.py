@@ -25,8 +25,8 @@ def test_the_first_command_trains_and_really_learns(tmp_path):
     assert result["depth"]["rmse"] <= 0.6 * constant["depth"]["rmse"]
     assert result["normals"]["mean"] <= 0.6 * constant["normals"]["mean"]
     assert result["semseg"]["mIoU"] >= max(0.35, 3 * constant["semseg"]["mIoU"])
-    shown = re.search(r"trained parameters: .*", README)[0]
-    assert shown in done.stdout
+    for shown in (r"trained parameters: .*", r"task +metric +result .*"):
+        assert re.search(shown, README)[0] in done.stdout
 
 
 @pytest.mark.parametrize("snippet", re.findall(r"```python\n(.*?)```", README, re.S))
@@ -37,6 +37,16 @@ def test_snippets_run(snippet):
 def test_the_cost_shown_is_the_cost_printed(capsys):
     eval.main(["--cost", "--dataset", "nyud"])
     assert capsys.readouterr().out in README
+
+
+def test_the_sizes_of_files_are_what_is_written():
+    """best.pt is its trained parameters, in float32; the shipped backbone lies here."""
+    for dataset, size in (("nyud", r"best.pt` \((\d+) MB for `nyud`"),
+                          ("pascal", r"(\d+) MB for `pascal`: what was trained")):
+        found = 4 * costs("--dataset", dataset)["trainable"] / 1e6
+        assert abs(found - int(re.search(size, README)[1])) < 0.5
+    shipped = (ROOT / "rooms_mini.pth").stat().st_size / 1e6
+    assert f"`rooms_mini.pth` ({shipped:.1f} MB)" in README
 
 
 NUMBER = r"([\d.]+)"

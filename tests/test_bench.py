@@ -1,0 +1,48 @@
+"""bench.py runs; its figures belong to the machine and are no test's business."""
+
+import json
+
+import pytest
+
+import bench
+
+
+def test_every_part_prints_its_rows(tmp_path, capsys, nyud_archive, monkeypatch):
+    """Tiny: each section, sides, work from the cost ledger, a JSON file with the same rows."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "peak", lambda args, flags: 1.5)  # a process each: slow to start
+    bench.main(["--backbone", "mini", "--size", "64", "--batch", "2", "--rounds", "1", "--device",
+                "cpu", "--data-root", str(nyud_archive), "--json", "rows.json", "--only",
+                "step,backbone,inference,similarity"])
+    text = capsys.readouterr().out
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert {row["section"].split()[0] for row in rows} == {
+        "Swin-T", "training", "inference", "similarity"}
+    found = {(row["section"], row["row"]): row for row in rows}
+    steps = {name: row for (section, name), row in found.items() if section == "training step"}
+    assert len(steps) == 7 and steps["full"]["peak_gib"] == 1.5
+    one, tree = steps["1,1,1,1 (MTL-LoRA)"], steps["1,2,3,4 (TGLoRA)"]
+    assert one["ratio"] == 1 and tree["gmacs"] > 1.5 * one["gmacs"] > 0
+    assert "  torchvision" in text and "  search, 15 tasks, 7 groups" in text
+    assert all(row["low"] <= row["ms"] <= row["high"] for row in rows)
+
+
+def test_the_data_part_says_what_a_step_waits(tmp_path, capsys):
+    """rooms: images per second of rendering, and the share of a step spent waiting."""
+    bench.main(["--only", "data", "--rounds", "1", "--device", "cpu"])
+    text = capsys.readouterr().out
+    assert "images/s" in text and "a step waits" in text and "rooms in memory" in text
+
+
+def test_memory_is_that_of_a_process_of_its_own():
+    """More tasks in groups of their own need more."""
+    args = bench.argparse.Namespace(device=bench.pick_device("cpu"), backbone="mini", size=224,
+                                    batch=4, amp="auto")
+    small, large = (bench.peak(args, flags) for flags in ("--method decoders", "--groups 4,4,4,4"))
+    assert 0 < small < large
+
+
+def test_unknown_parts_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["--only", "nothing"])
+    assert "expected some of step,backbone,inference,data,similarity" in capsys.readouterr().err
