@@ -250,7 +250,6 @@ def similarity(args: argparse.Namespace, rate: float) -> Iterator[dict]:
     yield from rows("similarity", alternate(args, sides), {}, rate)
 
 
-# Steps come first: on Linux the processes that measure their memory inherit this one's peak.
 SECTIONS = {f.__name__: f for f in (step, backbone, inference, data, similarity)}
 
 

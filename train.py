@@ -286,8 +286,9 @@ def memory_gib(device: torch.device) -> float:
     """Peak memory so far: allocated on the GPU, or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
-    return peak / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
+    if sys.platform == "linux":  # ru_maxrss there begins with the peak of the parent process
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2 ** 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 30  # macOS: bytes
 
 
 def check_out(config: argparse.Namespace) -> tuple[Path, dict | None]:

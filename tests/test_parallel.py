@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,35 @@ def test_two_processes_have_the_losses_of_one(runs):
     assert len(losses(one)) == 8
     torch.testing.assert_close(torch.tensor(losses(two)), torch.tensor(losses(one)), rtol=1e-4,
                                atol=1e-5)
+
+
+ONE_STEP = """
+import sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import torch, train
+from parallel import Team
+from test_train import OneConvolution
+torch.manual_seed(0)
+image, depth = torch.randn(4, 1, 8, 8), torch.rand(4, 1, 8, 8) + 1
+depth[0, :, 2:] = 0  # one process sees fewer valid pixels
+team, net = Team(torch.device("cpu")), OneConvolution()
+optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+scaler = torch.amp.GradScaler("cpu", enabled=False)
+image, labels = team.share(image), {{"depth": team.share(depth)}}
+losses = team.sum(train.train_step(team.wrap(net), train.make_tasks(["depth"], 6), optimizer,
+                                   scaler, image, labels, 1, 1e9, None, team))
+print("answer", *losses.tolist(), *net.conv.weight.flatten().tolist())
+team.close()
+"""
+
+
+def test_a_step_of_two_processes_is_that_of_one(tmp_path):
+    """Plain SGD, so that a gradient of another size would show (Adam hides it): the mean over all
+    valid pixels, though one process has fewer of them."""
+    path = tmp_path / "step.py"
+    path.write_text(ONE_STEP.format(root=str(ROOT), tests=str(ROOT / "tests")))
+    one, two = (re.search("answer (.*)", shell(command, path))[1].split() for command in (ONE, TWO))
+    torch.testing.assert_close(torch.tensor([*map(float, two)]), torch.tensor([*map(float, one)]))
 
 
 def test_metrics_of_two_processes_are_exactly_those_of_one(runs):
