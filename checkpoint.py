@@ -40,7 +40,8 @@ def write_whole(path: Path, write: Callable[[io.BufferedWriter], object]) -> Non
     except (OSError, RuntimeError) as error:  # torch.save's way to say that a disk is full
         temporary.unlink(missing_ok=True)
         kept = "; the one before is as it was" if path.exists() else ""
-        raise ValueError(f"cannot write {path}: {str(error).splitlines()[0]}{kept}") from error
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise ValueError(f"cannot write {path}: {reason}{kept}") from error
 
 
 def save(path: Path, state: dict) -> None:

@@ -169,8 +169,10 @@ def export_merged(model: nn.Module, size: tuple[int, int], path: Path) -> str:
 
         torch.export.load(path).module()(images)    # (B, 3, H, W), normalised -> predictions
 
-    Read back and compared with the unmerged network on the spot; raises ValueError, and leaves no
-    file, where they differ by more than 1e-4 of the largest value.
+    Images are RGB in 0..1 less data.MEAN, divided by data.STD, of just this size; predictions are
+    {task: (B, outputs, H, W)}, as the network's. Read back and compared with the unmerged network
+    on the spot; raises ValueError, and leaves no file, where they differ by more than 1e-4 of the
+    largest value.
     """
     image = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -271,6 +273,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
             parser.error("--cost goes with flags of train.py, not with --checkpoint or --image")
         from train import parse_arguments as parse_train  # which imports this module
         args.config = parse_train(rest)
+    elif args.json and (args.image or args.merge or args.export_backbone):
+        parser.error("--json goes with the table of metrics, or with --cost")
     elif rest or not args.checkpoint:
         parser.error(f"unknown arguments: {' '.join(rest)}" if rest else
                      "give --checkpoint FILE, or --cost and flags of train.py")
@@ -310,6 +314,9 @@ def evaluate_checkpoint(args: argparse.Namespace) -> str:
     size = None if args.native else config.size
     if args.image:
         paths = [args.checkpoint.with_name(photo.stem + ".predicted.png") for photo in args.image]
+        if len(set(paths)) < len(paths):
+            raise ValueError("--image: two photos have the same name, and so would their pictures; "
+                             "give them one at a time, or rename one")
         for photo, path in zip(args.image, paths):
             draw_photo(photo, path, predict, tasks, size, device)
         return "\n".join(f"wrote {path}" for path in paths)

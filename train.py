@@ -104,7 +104,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     first.add_argument("--dataset", choices=sorted(RECIPES), default="rooms", help="to train on")
     dataset = first.parse_known_args(argv)[0].dataset
     parser = argparse.ArgumentParser(
-        description=f"Train TGLoRA on one GPU or CPU. The defaults shown are those of {dataset}.",
+        description="Train TGLoRA on a CPU, a GPU, or several (torchrun). The defaults shown are "
+        f"those of {dataset}.",
         parents=[first], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--data-root", default="data", help="folder of the dataset, or its archive")
@@ -146,7 +147,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--workers", type=int, help="processes that load data")
     add("--cache", action=switch, help="keep decoded samples in memory")
     add("--eval-every", type=int, help="epochs between evaluations")
-    add("--log-every", type=int, default=10, help="steps between log lines")
+    add("--log-every", type=int, default=10,
+        help="steps between log lines; each epoch ends with one too")
     add("--baseline", nargs="+", help="metrics.json of the single-task runs, one or one a task: "
         "best.pt is then the best by delta-m")
     add("--seed", type=int, default=0, help="of everything random")
@@ -165,6 +167,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         if not value <= getattr(config, name) <= high:
             parser.error(f"--{name.replace('_', '-')} must be at least {value}"
                          + (f" and at most {high}" if high < 1 else ""))
+    if len(config.groups) != 4:
+        parser.error("--groups needs four numbers, one for each stage of the backbone")
     if min(config.size) < 32:
         parser.error("--size must be at least 32")
     return config
@@ -349,6 +353,10 @@ def run(config: argparse.Namespace) -> None:
         out.mkdir(parents=True, exist_ok=True)
         if not os.access(out, os.W_OK):
             raise ValueError(f"--out {out} cannot be written to")
+    images = min(config.batch_size, len(train_set))
+    if images % team.size:
+        raise ValueError(f"a batch of {images} images cannot be shared evenly by {team.size} "
+                         "processes; change --batch-size or --nproc_per_node")
     one_by_one = [[i] for i in range(len(val_set))]
     val_batches = ToDevice(loader(val_set, team.share(one_by_one), config.workers), device)
 
@@ -390,10 +398,7 @@ def run(config: argparse.Namespace) -> None:
 
     # Epochs, as one list of batches.
     batches = epoch_batches(len(train_set), config.batch_size, config.epochs, config.seed)
-    per_epoch, images = len(batches) // config.epochs, len(batches[0])
-    if images % team.size:
-        raise ValueError(f"a batch of {images} images cannot be shared evenly by {team.size} "
-                         "processes; change --batch-size or --nproc_per_node")
+    per_epoch = len(batches) // config.epochs
     mine = [team.share(batch) for batch in batches]
     log = open_log(out / "log.jsonl", step) if team.leads else open(os.devnull, "w")
     began, first = time.monotonic(), step
@@ -475,7 +480,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         run(parse_arguments(argv))
     except KeyboardInterrupt:
-        raise SystemExit("interrupted; if there is a last.pt, continue with --resume") from None
+        raise SystemExit("interrupted; where there is a last.pt, continue with --resume, else start "
+                         "again") from None
     except (ValueError, OSError) as error:  # bad input; anything else is a bug and shows its trace
         raise SystemExit(f"error: {str(error).strip().splitlines()[-1]}") from error
 

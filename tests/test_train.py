@@ -133,6 +133,16 @@ def test_evaluation_does_not_depend_on_the_batch_size(tmp_path):
     assert found[0] == found[1]
 
 
+def test_pictures_of_photos_do_not_overwrite_one_another(rooms_run, tmp_path):
+    """Two photos of the same name from two folders are refused, before anything is drawn."""
+    message = refused("--checkpoint", rooms_run / "best.pt", "--image", tmp_path / "a/photo.jpg",
+                      tmp_path / "b/photo.jpg", by=eval)
+    assert "two photos have the same name" in message
+    with pytest.raises(SystemExit) as stop:
+        eval.main(["--checkpoint", str(rooms_run / "best.pt"), "--json", "--image", "photo.jpg"])
+    assert stop.value.code == 2
+
+
 def test_a_saved_tree_replaces_the_similarity_and_gives_the_same_run(rooms_run, tmp_path, capsys):
     """--tree FILE: nothing is computed, and the training is bit for bit the same."""
     run("--out", tmp_path / "again", "--tree", rooms_run / "tree.json")
@@ -317,7 +327,8 @@ def test_bad_flags_are_one_line_errors(tmp_path, flags, message):
 
 @pytest.mark.parametrize("flag, value", [
     ("--size", "abc"), ("--size", "0"), ("--lr", "-1"), ("--dropout", "1.5"), ("--rank", "0"),
-    ("--scales", "0"), ("--scales", "a:b"), ("--groups", "a"), ("--epochs", "0")])
+    ("--groups", "1,2"), ("--groups", "a"), ("--scales", "0"), ("--scales", "a:b"),
+    ("--epochs", "0")])
 def test_impossible_values_are_usage_errors(flag, value, capsys):
     """argparse's usage, naming the flag; exit code 2."""
     with pytest.raises(SystemExit) as stop:
