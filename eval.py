@@ -174,6 +174,8 @@ def export_merged(model: nn.Module, size: tuple[int, int], path: Path) -> str:
     on the spot; raises ValueError, and leaves no file, where they differ by more than 1e-4 of the
     largest value.
     """
+    if path.exists():
+        raise ValueError(f"--merge {path} exists already; choose another name")
     image = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = model.eval()(image)

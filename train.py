@@ -480,8 +480,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         run(parse_arguments(argv))
     except KeyboardInterrupt:
-        raise SystemExit("interrupted; where there is a last.pt, continue with --resume, else start "
-                         "again") from None
+        raise SystemExit("interrupted; where there is a last.pt, continue with --resume, else "
+                         "start again") from None
     except (ValueError, OSError) as error:  # bad input; anything else is a bug and shows its trace
         raise SystemExit(f"error: {str(error).strip().splitlines()[-1]}") from error
 

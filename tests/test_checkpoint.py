@@ -243,6 +243,8 @@ def test_a_merged_model_needs_no_code_of_ours(whole, tmp_path, capsys):
     path = tmp_path / "merged.pt2"
     eval.main(["--checkpoint", str(whole[0] / "best.pt"), "--merge", str(path)])
     assert "differ from the unmerged ones by at most" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="merged.pt2 exists already"):
+        eval.main(["--checkpoint", str(whole[0] / "best.pt"), "--merge", str(path)])
     code = ("import sys, torch\n"
             f"net = torch.export.load({str(path)!r}).module()\n"
             "print([tuple(net(torch.zeros(n, 3, 32, 32))['depth'].shape) for n in (1, 3)])\n"
