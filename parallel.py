@@ -1,6 +1,6 @@
 """More than one GPU: the same command under torchrun, with the same result.
 
-    torchrun --nproc_per_node=4 train.py --dataset nyud --data-root data
+    torchrun --standalone --nproc_per_node=4 train.py --dataset nyud --data-root data
 
 Every process computes its share of each batch; gradients are averaged by DistributedDataParallel.
 A batch is that of one process, dealt out like cards, and so are the images of an evaluation, whose
