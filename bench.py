@@ -13,19 +13,20 @@ allocated on a GPU, resident in a process of its own on a CPU.
 """
 
 import argparse
-import json
 import multiprocessing
 import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 import torchvision
 from torch import nn
 
+from checkpoint import write_json
 from data import CLASSES, InMemory, ToDevice, draw_augmentation, loader, open_dataset, warp
 from eval import count_macs, predictor
 from grouping import best_partition, build_tree
@@ -299,9 +300,9 @@ def main(argv: list[str] | None = None) -> None:
             print(show(row), flush=True)
             kept.append(row)
     if args.json:
-        with open(args.json, "w") as file:
-            json.dump({"device": name, "torch": torch.__version__, "size": args.size, "batch":
-                       args.batch, "matmul_gmac_per_s": rate, "rows": kept}, file, indent=1)
+        write_json(Path(args.json), {
+            "device": name, "torch": torch.__version__, "size": args.size, "batch": args.batch,
+            "matmul_gmac_per_s": rate, "rows": kept})
 
 
 if __name__ == "__main__":

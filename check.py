@@ -30,18 +30,17 @@ class Summary:
     def add(self, value: np.ndarray, id: str) -> None:
         label = torch.from_numpy(np.ascontiguousarray(value))
         label = (label.permute(2, 0, 1) if label.ndim == 3 else label.long())[None]
-        valid = self.task.valid(label).flatten()
-        self.pixels += valid.numel()
+        valid = self.task.valid(label).reshape(value.shape[:2]).numpy()
+        self.pixels += valid.size
         self.valid += int(valid.sum())
         if not valid.any():
             self.empty.append(id)
             return
-        values = (label.movedim(1, -1) if label.ndim == 4 else label).flatten(1).reshape(
-            len(valid), -1)[valid]  # (N, channels)
+        values = value[valid]  # (N,) classes, or (N, channels)
         if self.task.name in ("depth", "normals"):
-            self.sums += values.double().sum(0).numpy()
+            self.sums += values.sum(0, dtype=float)
         else:
-            self.sums += torch.bincount(values[:, 0], minlength=CLASSES["nyud"]).numpy()
+            self.sums += np.bincount(values, minlength=CLASSES["nyud"])
         self.least, self.most = min(self.least, values.min()), max(self.most, values.max())
 
     def __str__(self) -> str:
