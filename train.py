@@ -396,6 +396,9 @@ def run(config: argparse.Namespace) -> None:
     constant = {"config": {k: v for k, v in vars(config).items() if k != "resume"},
                 "tree": tree, "fingerprint": fingerprint(model), "versions": VERSIONS}
 
+    def state() -> dict:  # of this moment, as best.pt holds it
+        return {**constant, "model": trained_state(model), "step": step, "best": best}
+
     # Epochs, as one list of batches.
     batches = epoch_batches(len(train_set), config.batch_size, config.epochs, config.seed)
     per_epoch = len(batches) // config.epochs
@@ -444,17 +447,14 @@ def run(config: argparse.Namespace) -> None:
                 if best is None or merit(found) > merit(best):
                     best = found
                     if team.leads:
-                        save(out / "best.pt", {**constant, "model": trained_state(model),
-                                               "step": step, "best": best})
+                        save(out / "best.pt", state())
                 began = time.monotonic()
 
             # Processes agree on stopping where they agree on the log.
             stop = signals and team.size == 1 or logs and team.any(bool(signals))
             if team.leads and (end_of_epoch or stop):
-                save(out / "last.pt", {
-                    **constant, "model": trained_state(model), "step": step, "best": best,
-                    "sums": sums, "since": since, "optimizer": optimizer.state_dict(),
-                    "scaler": scaler.state_dict()})
+                save(out / "last.pt", {**state(), "sums": sums, "since": since, "optimizer":
+                                       optimizer.state_dict(), "scaler": scaler.state_dict()})
             if stop:
                 team.close()
                 raise SystemExit(f"stopped by {' '.join(signals) or 'a signal'} after step {step} "

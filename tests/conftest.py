@@ -1,6 +1,7 @@
 """Where the tests find small real data: TGLORA_DATA names a folder of mini archives."""
 
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,21 @@ def costs(*flags: str) -> dict:
     if key not in COSTS:
         COSTS[key] = eval.cost(config)
     return COSTS[key]
+
+
+@contextmanager
+def stopped_after_an_epoch(monkeypatch):
+    """Runs inside end, as by Ctrl-C, as soon as the first last.pt is written."""
+    save = train.save
+
+    def save_and_stop(path, state):
+        save(path, state)
+        if path.name == "last.pt":
+            raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save", save_and_stop)
+        with pytest.raises(SystemExit, match="continue with --resume"):
+            yield
 
 
 def archive(name: str, what: str) -> Path:

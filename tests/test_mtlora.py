@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import costs
+from conftest import costs, stopped_after_an_epoch
 from PIL import Image
 
 import eval
@@ -120,16 +120,8 @@ def test_the_whole_way_on_rooms(method, tmp_path, monkeypatch, capsys):
     """Train, stop after an epoch, resume to the same end; predict a photo; merge; evaluate."""
     flags = [*ROOMS, "--method", method, "--out"]
     train.main([*flags, str(tmp_path / "whole")])
-    save = train.save
-
-    def save_and_stop(path, state):
-        save(path, state)
-        if path.name == "last.pt":
-            raise KeyboardInterrupt
-    monkeypatch.setattr(train, "save", save_and_stop)
-    with pytest.raises(SystemExit):
+    with stopped_after_an_epoch(monkeypatch):
         train.main([*flags, str(tmp_path / "run")])
-    monkeypatch.setattr(train, "save", save)
     train.main([*flags, str(tmp_path / "run"), "--resume"])
     first, again = (torch.load(tmp_path / p / "last.pt", weights_only=True)["model"]
                     for p in ("whole", "run"))

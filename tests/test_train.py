@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from conftest import stopped_after_an_epoch
 
 import eval
 import train
@@ -155,18 +156,11 @@ def test_a_saved_tree_replaces_the_similarity_and_gives_the_same_run(rooms_run, 
 
 def test_a_resumed_run_ends_as_an_uninterrupted_one(rooms_run, tmp_path, monkeypatch):
     """Stopped after its first epoch and continued: the same weights and the same log."""
-    out, save = tmp_path / "run", train.save
-
-    def save_and_stop(path, state):
-        save(path, state)
-        if path.name == "last.pt":
-            raise KeyboardInterrupt
-    monkeypatch.setattr(train, "save", save_and_stop)
-    with pytest.raises(SystemExit, match="continue with --resume"):
+    out = tmp_path / "run"
+    with stopped_after_an_epoch(monkeypatch):
         run("--out", out)
     with open(out / "log.jsonl", "a") as log:
         log.write('{"step": 3, "lost": true}\n')  # a step that came after the checkpoint
-    monkeypatch.setattr(train, "save", save)
     run("--out", out, "--resume")
     first, again = (torch.load(p / "last.pt", weights_only=True) for p in (rooms_run, out))
     assert all(torch.equal(first["model"][k], again["model"][k]) for k in first["model"])
