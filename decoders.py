@@ -29,7 +29,8 @@ class Decoder(nn.Module):
 
     def forward(self, maps: Sequence[Tensor], size: Sequence[int]) -> Tensor:
         """maps: four (B, h, w, c); size: (H, W) of the image -> (B, outputs, H, W)."""
-        fused = [conv(x.permute(0, 3, 1, 2)) for conv, x in zip(self.fuse, maps)]
-        first = fused[0].shape[-2:]  # stride 8
-        fused = torch.cat([F.interpolate(x, first, mode="bilinear") for x in fused], 1)
-        return F.interpolate(self.head(fused), tuple(size), mode="bilinear")
+        fused = [conv(x.permute(0, 3, 1, 2)) for conv, x in zip(self.fuse, maps)]  # (B, f, h, w)
+        first = fused[0].shape[-2:]                 # h, w of stride 8
+        fused = [F.interpolate(x, first, mode="bilinear") for x in fused]
+        x = self.head(torch.cat(fused, 1))          # (B, outputs, h, w)
+        return F.interpolate(x, tuple(size), mode="bilinear")  # (B, outputs, H, W)

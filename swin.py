@@ -100,6 +100,11 @@ class WindowAttention(nn.Module):
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self.proj(x.transpose(1, 2).reshape(B, N, L, C))  # x was (B*N, h, L, C/h)
 
+    def product_macs(self, x: Tensor) -> int:
+        """Multiply-accumulates of q k' and its product with v, for an input x (B, N, L, C)."""
+        B, N, L, C = x.shape
+        return 2 * B * N * L * L * C
+
 
 class Mlp(nn.Module):
     def __init__(self, dim: int, hidden: int):
@@ -185,7 +190,16 @@ class Stage(nn.Module):
 
 
 class SwinTransformer(nn.Module):
-    """The backbone: `patch_embed`, then four `layers`. `channels` are those of its four maps."""
+    """The backbone: `patch_embed`, then four `layers`. `channels` are those of its four maps.
+
+    ADAPTED: the linear layers that get adapters, by the ends of their names. OTHERS: parts of the
+    names of what "others" means: patch embedding and merging with their norms, every LayerNorm,
+    the position-bias tables.
+    """
+
+    ADAPTED = {"attn": ("attn.qkv", "attn.proj"),
+               "attn+mlp": ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
+    OTHERS = ("patch_embed.", "downsample.", "norm1.", "norm2.", "relative_position_bias_table")
 
     def __init__(self, embed_dim: int, depths: tuple[int, ...], num_heads: tuple[int, ...],
                  window: int = 7, drop_path: float = 0.0):
@@ -207,10 +221,10 @@ class SwinTransformer(nn.Module):
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """Image (B, 3, H, W) -> each stage's output after its merging, (B, h, w, c)."""
-        x = self.patch_embed(image)
+        x = self.patch_embed(image)  # (B, H/4, W/4, embed_dim)
         maps = []
         for stage in self.layers:
-            x = stage(x)
+            x = stage(x)  # (B, h, w, c)
             maps.append(x)
         return maps
 
@@ -251,7 +265,7 @@ def official_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def read_weights(source: str, name: str) -> dict[str, Tensor]:
     """Weights of preset `name` from "imagenet", "torchvision" (both cached) or a file.
 
-    A relative path is looked for in the current folder, then beside this file.
+    A relative path is looked for in the current folder, then in assets/ beside this file.
     """
     if source in ("imagenet", "torchvision") and name not in TORCHVISION_NAME:
         raise ValueError(f"weights: there are none from {source} for backbone {name}")
@@ -265,7 +279,7 @@ def read_weights(source: str, name: str) -> dict[str, Tensor]:
     except (OSError, RuntimeError) as error:  # no connection, or a wrong checksum
         raise ValueError(f"weights: cannot download {source}'s for {name}: {error}; fetch the file "
                          "by hand and give its path (README, Data)") from error
-    places = (Path(source), Path(__file__).parent / source)
+    places = (Path(source), Path(__file__).parent / "assets" / source)
     path = next((p for p in places if p.is_file()), None)
     if path is None:
         raise ValueError(f"weights: no file {source}; expected imagenet, torchvision, or the path "

@@ -80,10 +80,10 @@ class Saliency:
         """Balanced cross-entropy: each side weighted by the other's share of the valid pixels."""
         valid = self.valid(label)
         positive, n = (label == 1).sum(), valid.sum().clamp(min=1)
-        share = torch.where(label == 1, n - positive, positive) / n
+        balance = torch.where(label == 1, n - positive, positive) / n
         error = F.binary_cross_entropy_with_logits(pred[:, 0].float(), (label == 1).float(),
                                                    reduction="none")
-        return (error * share * valid).sum() / n
+        return (error * balance * valid).sum() / n
 
     def sums(self, pred: Tensor, label: Tensor) -> Tensor:
         """Images with valid pixels, then per threshold IoU, precision and recall, (1 + 3 * 15).
@@ -91,19 +91,22 @@ class Saliency:
         Against an empty truth an empty prediction scores 1 in all three, any other 0 but a recall
         of 1; an empty prediction of something scores 0.
         """
-        valid, truth = self.valid(label), label == 1
-        found = (pred[:, 0].sigmoid() >= self.thresholds.to(pred)[:, None, None, None]) & valid
-        hit, found, truth = ((found & truth).sum((2, 3)).double(), found.sum((2, 3)).double(),
-                             truth.sum((1, 2)).double())  # (15, B), (15, B), (B,)
+        thresholds = self.thresholds.to(pred)[:, None, None, None]
+        valid, true = self.valid(label), label == 1  # (B, H, W)
+        found = (pred[:, 0].sigmoid() >= thresholds) & valid  # (15, B, H, W)
+        n_found = found.sum((2, 3)).double()  # pixels of each image, (15, B)
+        n_hit = (found & true).sum((2, 3)).double()
+        n_true = true.sum((1, 2)).double().expand_as(n_hit)
 
         def ratio(a: Tensor, b: Tensor, empty: Tensor | float) -> Tensor:
             return torch.where(b > 0, a / b.clamp(min=1), empty)
 
-        scores = torch.stack([ratio(hit, found + truth - hit, 1.0),
-                              ratio(hit, found, (truth == 0).double().expand_as(found)),
-                              ratio(hit, truth.expand_as(hit), 1.0)])  # (3, 15, B)
+        iou = ratio(n_hit, n_found + n_true - n_hit, 1.0)
+        precision = ratio(n_hit, n_found, (n_true == 0).double())
+        recall = ratio(n_hit, n_true, 1.0)
         counts = valid.any((1, 2)).double()  # (B,)
-        sums = torch.cat([counts.sum()[None], (scores * counts).sum(2).flatten()])
+        scores = torch.stack([iou, precision, recall]) * counts  # (3, 15, B)
+        sums = torch.cat([counts.sum()[None], scores.sum(2).flatten()])
         return sums + nan_if(pred[:, 0].isnan() & valid)
 
     def metrics(self, sums: Tensor) -> dict[str, float]:

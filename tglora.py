@@ -20,12 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-LAYERS = {"attn": ("attn.qkv", "attn.proj"),
-          "attn+mlp": ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
-LAYERS["attn+mlp+others"] = LAYERS["attn+mlp"]
-# "others": patch embedding and merging with their norms, every LayerNorm, position-bias tables.
-OTHERS = ("patch_embed.", "downsample.", "norm1.", "norm2.", "relative_position_bias_table")
-
 
 class TGLoRALinear(nn.Module):
     """`linear` frozen, plus one adapter of rank ranks[g] for each group g.
@@ -109,22 +103,25 @@ def split_rank(rank: int, group_sizes: Sequence[int]) -> tuple[int, ...]:
     return tuple(ranks)
 
 
-def add_adapters(module: nn.Module, layers: str, ranks: Sequence[int], scale: float = 4.0,
-                 dropout: float = 0.05) -> None:
-    """Wrap, in place, the linear layers of `module` (a stage) that LAYERS[layers] names."""
-    for path, linear in list(module.named_modules()):
-        if isinstance(linear, nn.Linear) and path.endswith(LAYERS[layers]):
-            parent, _, name = path.rpartition(".")
-            setattr(module.get_submodule(parent), name,
-                    TGLoRALinear(linear, ranks, scale, dropout))
+def add_adapters(module: nn.Module, names: Sequence[str], ranks: Sequence[int],
+                 scale: float = 4.0, dropout: float = 0.05) -> None:
+    """Wrap, in place, each linear layer in `module` whose path ends in one of `names`.
 
-
-def freeze(backbone: nn.Module, layers: str | None) -> None:
-    """Leave trainable the adapters and, with "attn+mlp+others", what OTHERS names; None: nothing.
+    names: of whole modules, as ("attn.qkv", "mlp.fc1") for Swin's stages, ("mlp.0", "mlp.3") for
+    torchvision's ViT; ranks: one for each group.
     """
+    endings = tuple("." + name for name in names)
+    for path, linear in list(module.named_modules()):
+        if isinstance(linear, nn.Linear) and f".{path}".endswith(endings):
+            parent, _, name = path.rpartition(".")
+            adapted = TGLoRALinear(linear, ranks, scale, dropout)
+            setattr(module.get_submodule(parent), name, adapted)
+
+
+def freeze(backbone: nn.Module, others: Sequence[str] = ()) -> None:
+    """Train the adapters alone, and parameters whose name contains one of `others`."""
     for name, p in backbone.named_parameters():
-        other = layers == "attn+mlp+others" and any(part in name for part in OTHERS)
-        p.requires_grad_(layers is not None and ("lora_" in name or other))
+        p.requires_grad_("lora_" in name or any(part in name for part in others))
 
 
 def merge(model: nn.Module) -> nn.Module:

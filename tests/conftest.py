@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-import eval
 import train
-from files import find_dataset, unpack
+from cost import cost
+from datasets.archives import find_dataset, unpack
 
 COSTS = {}
 
@@ -19,7 +19,7 @@ def costs(*flags: str) -> dict:
     key = (config.dataset, config.method, *config.tasks, config.groups, config.rank, config.layers,
            config.tree)
     if key not in COSTS:
-        COSTS[key] = eval.cost(config)
+        COSTS[key] = cost(config)
     return COSTS[key]
 
 
@@ -65,5 +65,5 @@ def nyud_folder(nyud_archive, tmp_path) -> Path:
 @pytest.fixture
 def pascal_folder(pascal_archive, tmp_path, monkeypatch) -> Path:
     """The same for PASCAL; what is parsed from it is kept in the test's folder."""
-    monkeypatch.setattr("files.CACHE", tmp_path / "cache")
+    monkeypatch.setattr("datasets.archives.CACHE", tmp_path / "cache")
     return find_dataset("pascal", unpack("pascal", pascal_archive, tmp_path / "unpacked"))

@@ -1,10 +1,10 @@
-"""bench.py runs; its figures belong to the machine and are no test's business."""
+"""tools/bench.py runs; its figures belong to the machine and are no test's business."""
 
 import json
 
 import pytest
 
-import bench
+from tools import bench
 
 
 def test_every_part_prints_its_rows(tmp_path, capsys, nyud_archive, monkeypatch):

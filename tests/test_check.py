@@ -1,4 +1,4 @@
-"""check.py: data that lies is found and named; real data passes."""
+"""tools/check.py: data that lies is found and named; real data passes."""
 
 import shutil
 
@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import check
+from tools import check
 
 
 def scan(capsys, folder, dataset="nyud"):
-    """What `python data.py --check` prints, and its exit status."""
+    """What `python -m tools.check` prints, and its exit status."""
     code = 0
     try:
-        check.main(["--check", "--dataset", dataset, "--data-root", str(folder)])
+        check.main(["--dataset", dataset, "--data-root", str(folder)])
     except SystemExit as stop:
         code = stop.code
     return capsys.readouterr().out, code

@@ -17,7 +17,8 @@ from torch import nn
 
 import eval
 import train
-from checkpoint import check_space, open_log, read_checkpoint, save, write_json
+from tools import export
+from util.checkpoint import check_space, open_log, read_checkpoint, save, write_json
 
 ROOT = Path(__file__).parent.parent
 TREE = [[["semseg", "depth", "normals"]]] * 2 + [[["semseg", "depth"], ["normals"]],
@@ -187,7 +188,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path):
 def test_too_little_space_is_said_before_training(tmp_path, monkeypatch):
     """Both numbers are named; nothing of the run is there."""
     usage = os.statvfs(tmp_path)
-    monkeypatch.setattr("checkpoint.shutil.disk_usage",
+    monkeypatch.setattr("util.checkpoint.shutil.disk_usage",
                         lambda _: type("usage", (), {"free": 1_000_000, "total": usage.f_blocks}))
     with pytest.raises(ValueError, match="1 MB free, the checkpoints need 3 MB"):
         check_space(tmp_path, nn.Linear(300, 300))
@@ -256,12 +257,12 @@ def test_a_merged_model_needs_no_code_of_ours(whole, tmp_path, capsys):
 
 def test_a_wrong_merge_is_noticed(whole, tmp_path, monkeypatch):
     """Verified on the spot: an error with the difference, and no file."""
-    merge = eval.merge
+    merge = export.merge
 
     def wrong(model):
         model.backbone.layers[0].blocks[0].mlp.fc1.scale = 3.0
         return merge(model)
-    monkeypatch.setattr(eval, "merge", wrong)
+    monkeypatch.setattr(export, "merge", wrong)
     with pytest.raises(SystemExit, match="the merged network differs by"):
         eval.main(["--checkpoint", str(whole[0] / "best.pt"), "--merge", str(tmp_path / "m.pt2")])
     assert not (tmp_path / "m.pt2").exists()

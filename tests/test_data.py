@@ -1,4 +1,4 @@
-"""data.py: rooms, both NYUD layouts, archives and downloads, and the warp against rendering."""
+"""data.py, datasets/rooms.py, datasets/labels.py: both NYUD layouts, and the warp."""
 
 import shutil
 
@@ -8,10 +8,10 @@ import scipy.io
 import torch
 from PIL import Image
 
-from data import (NYU_CLASSES, PARTS, Files, Rooms, collate, draw_augmentation, epoch_batches,
-                  loader, warp)
-from files import find_dataset
-from rooms import render_room
+from data import Files, Rooms, collate, draw_augmentation, epoch_batches, loader, warp
+from datasets.archives import find_dataset
+from datasets.labels import NYU_CLASSES, PARTS
+from datasets.rooms import render_room
 
 TASKS = ["semseg", "depth", "normals"]
 PASCAL = ["semseg", "human_parts", "sal", "normals"]
@@ -277,7 +277,8 @@ def test_matlab_files_are_parsed_once_and_kept_elsewhere(pascal_folder, monkeypa
     first = Files("pascal", pascal_folder, "train", PASCAL)[0]
     assert "6 of 6 MATLAB files" in capsys.readouterr().out
     assert sorted(pascal_folder.rglob("*")) == before
-    monkeypatch.setattr("data.apart", lambda *a: pytest.fail("parsed again"))
+    monkeypatch.setattr("datasets.labels.in_another_process",
+                        lambda *a: pytest.fail("parsed again"))
     again = Files("pascal", pascal_folder, "train", PASCAL)[0]
     assert all(torch.equal(first[k], again[k]) for k in first)
     (pascal_folder / "human_parts/2008_000008.mat").touch()

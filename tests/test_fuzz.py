@@ -13,14 +13,15 @@ import scipy.io
 import torch
 from PIL import Image
 
-import data
-from checkpoint import read_checkpoint, save
-from files import apart, read_image, unpack
+from datasets import labels
+from datasets.archives import unpack
+from datasets.labels import in_another_process, read_image
+from datasets.rooms import render_room
 from grouping import check_tree, read_tree
-from rooms import render_room
+from recipes import read_baseline
 from swin import build_swin, load_weights
 from tasks import make_tasks
-from train import read_baseline
+from util.checkpoint import read_checkpoint, save
 
 CASES = 32  # of each kind; 13 kinds
 TASKS = ["semseg", "depth", "normals"]
@@ -119,16 +120,17 @@ SAME = "the same as from the whole file"  # the format has checksums
 KINDS = {  # file name: (how it is written, how it is read, what a result without error must be)
     "photo.jpg": (write_photo, read_image, lambda x: x.dtype == np.uint8 and x.shape[2] == 3),
     "photo.png": (write_photo, read_image, lambda x: x.dtype == np.uint8 and x.shape[2] == 3),
-    "nyud.png": (write_png, data.read_nyud_classes, classes(40)),
-    "voc.png": (write_png, data.read_voc_classes, classes(21)),
-    "sal.png": (write_png, data.read_saliency, classes(2)),
-    "depth.npy": (lambda p: np.save(p, ROOM["depth"][0].numpy()), data.read_depth,
+    "nyud.png": (write_png, labels.read_nyud_classes, classes(40)),
+    "voc.png": (write_png, labels.read_voc_classes, classes(21)),
+    "sal.png": (write_png, labels.read_saliency, classes(2)),
+    "depth.npy": (lambda p: np.save(p, ROOM["depth"][0].numpy()), labels.read_depth,
                   lambda x: np.isfinite(x).all() and (x >= 0).all()),
     "normals.npy": (lambda p: np.save(p, ROOM["normals"].permute(1, 2, 0).numpy()),
-                    data.read_normals, unit_or_nothing),
-    "parts.mat": (write_parts, partial(apart, data.human_parts), classes(7)),
+                    labels.read_normals, unit_or_nothing),
+    "parts.mat": (write_parts, partial(in_another_process, labels.human_parts), classes(7)),
     "context.mat": (lambda p: scipy.io.savemat(p, {"LabelMap": np.arange(42).reshape(6, 7)}),
-                    partial(apart, data.known_to_nyu), lambda x: set(np.unique(x)) <= {0, 1}),
+                    partial(in_another_process, labels.known_to_nyu),
+                    lambda x: set(np.unique(x)) <= {0, 1}),
     "best.pt": (lambda p: save(p, {"model": {"w": torch.arange(99.0)}, "config": {"rank": 3},
                                    "tree": [[(0,)]], "fingerprint": "0"}), read_checkpoint, SAME),
     "swin.pth": (lambda p: torch.save(build_swin(**SWIN).state_dict(), p), read_weights, SAME),

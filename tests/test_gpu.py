@@ -11,7 +11,7 @@ import train
 from data import CLASSES, Rooms, collate, draw_augmentation, warp
 from grouping import build_tree
 from model import build
-from parallel import Team
+from util.parallel import Team
 from tasks import make_tasks
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(),

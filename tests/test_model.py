@@ -9,9 +9,10 @@ from conftest import costs
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import eval
+import cost
 import train
-from model import MultiTaskNet, ledger
+from cost import ledger
+from model import tglora, tree_net
 from swin import build_swin
 
 TREE = [[(0, 1, 2)], [(0, 1), (2,)], [(0, 1), (2,)], [(0,), (1,), (2,)]]
@@ -21,8 +22,8 @@ TASKS = [SimpleNamespace(name=n, outputs=o) for n, o in (("a", 4), ("b", 1), ("c
 def network(tree=TREE, tasks=TASKS, rank=9, layers="attn+mlp"):
     """A small network whose adapters are not zero."""
     torch.manual_seed(0)
-    model = MultiTaskNet(build_swin("mini", embed_dim=16), tasks, tree)
-    model.adapt(layers, [rank] * 4, dropout=0.0)
+    config = SimpleNamespace(layers=layers, rank=rank, last_rank=None, groups=(1,) * 4, dropout=0.0)
+    model = tglora(build_swin("mini", embed_dim=16), tasks, tree, config)
     for name, p in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.1)
@@ -147,7 +148,7 @@ def test_all_macs_equal_pytorchs_counter():
     model, x = network(), torch.randn(1, 3, 112, 112)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         model(x)
-    found = eval.count_macs(model, (112, 112))["macs_all"]
+    found = cost.count_macs(model, (112, 112))["macs_all"]
     assert found == pytest.approx(counter.get_total_flops() / 2, rel=0.01)
     assert found > counter.get_total_flops() / 2
 
@@ -162,7 +163,7 @@ def test_ledger_sums_up():
 
 def test_a_tree_of_another_depth_is_refused():
     with pytest.raises(ValueError, match="3 stages, but the backbone has 4"):
-        MultiTaskNet(build_swin("mini"), TASKS, TREE[1:])
+        tree_net(build_swin("mini"), TASKS, TREE[1:])
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from PIL import Image
 import eval
 import mtlora
 import train
-from model import MultiTaskNet
+from model import decoders_only, mtlora_net
 from swin import build_swin
 from tasks import make_tasks
 from tglora import merge
@@ -23,10 +24,9 @@ SHARED = [[(0, 1, 2)]] * 4
 def network(method="mtlora", adapters=True):
     """A small network, in evaluation mode; its B are zero, as at the start of training."""
     torch.manual_seed(0)
-    model = MultiTaskNet(build_swin("mini", embed_dim=16), make_tasks(NAMES, 6), SHARED)
-    if adapters:
-        mtlora.adapt(model, 6, dropout=0.0, **mtlora.METHODS[method])
-    return model.eval()
+    config = SimpleNamespace(method=method, rank=6, dropout=0.0)
+    method = mtlora_net if adapters else decoders_only
+    return method(build_swin("mini", embed_dim=16), make_tasks(NAMES, 6), SHARED, config).eval()
 
 
 def fill(model):

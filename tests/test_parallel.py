@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import train
-from parallel import Team
+from util.parallel import Team
 
 ROOT = Path(__file__).parent.parent
 FLAGS = ["--train-rooms", "16", "--val-rooms", "5", "--size", "56", "--epochs", "2", "--batch-size",
@@ -54,7 +54,7 @@ ONE_STEP = """
 import sys
 sys.path[:0] = [{root!r}, {tests!r}]
 import torch, train
-from parallel import Team
+from util.parallel import Team
 from test_train import OneConvolution
 torch.manual_seed(0)
 image, depth = torch.randn(4, 1, 8, 8), torch.rand(4, 1, 8, 8) + 1
@@ -122,12 +122,12 @@ def test_a_team_of_one_never_touches_torch_distributed(tmp_path, monkeypatch):
 
 def test_shares_are_dealt_out_and_put_together(monkeypatch):
     """Rank 1 of 3 gets every third item from the second on."""
-    monkeypatch.setattr("parallel.dist.init_process_group", lambda *a, **k: None)
+    monkeypatch.setattr("util.parallel.dist.init_process_group", lambda *a, **k: None)
     monkeypatch.setattr("sys.stdout", sys.stdout)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "3")
     team = Team(torch.device("cpu"))
-    monkeypatch.setattr("parallel.dist.all_gather_object",
+    monkeypatch.setattr("util.parallel.dist.all_gather_object",
                         lambda parts, mine: parts.__setitem__(slice(None), [[0, 3], mine, [2]]))
     assert team.share(list(range(5))) == [1, 4] and team.gather([1, 4]) == [0, 1, 2, 3, 4]
     assert not team.leads

@@ -1,5 +1,6 @@
-"""The README's claims: its commands run, its numbers are what the code prints."""
+"""What README and docs claim: commands run, numbers are what the code prints, links lead there."""
 
+import ast
 import json
 import re
 import subprocess
@@ -9,10 +10,14 @@ from pathlib import Path
 import pytest
 from conftest import costs
 
+import cost
 import eval
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+DOCS = {path.stem: path.read_text() for path in (ROOT / "docs").glob("*.md")}
+MODULES = {path.relative_to(ROOT).as_posix() for folder in (".", "datasets", "util", "tools")
+           for path in (ROOT / folder).glob("*.py") if path.name != "__init__.py"}
 
 
 def test_the_first_command_trains_and_really_learns(tmp_path):
@@ -25,18 +30,25 @@ def test_the_first_command_trains_and_really_learns(tmp_path):
     assert result["depth"]["rmse"] <= 0.6 * constant["depth"]["rmse"]
     assert result["normals"]["mean"] <= 0.6 * constant["normals"]["mean"]
     assert result["semseg"]["mIoU"] >= max(0.35, 3 * constant["semseg"]["mIoU"])
-    for shown in (r"trained parameters: .*", r"task +metric +result .*"):
+    for shown in (r"trained parameters: .*", r"task +metric +result .*",
+                  r"metrics\.json, predictions\.png, .*"):
         assert re.search(shown, README)[0] in done.stdout
+    assert re.search(r"task +metric +result .*", DOCS["RUNS"])[0] in done.stdout
 
 
-@pytest.mark.parametrize("snippet", re.findall(r"```python\n(.*?)```", README, re.S))
+@pytest.mark.parametrize("snippet", re.findall(r"```python\n(.*?)```",
+                                               "".join([README, *DOCS.values()]), re.S))
 def test_snippets_run(snippet):
     exec(compile(snippet, "README.md", "exec"), {})
 
 
 def test_the_cost_shown_is_the_cost_printed(capsys):
+    """By cost.py and by eval.py --cost, the same text."""
+    cost.main(["--dataset", "nyud"])
+    printed = capsys.readouterr().out
+    assert printed and printed in DOCS["RESULTS"]
     eval.main(["--cost", "--dataset", "nyud"])
-    assert capsys.readouterr().out in README
+    assert capsys.readouterr().out == printed
 
 
 def test_the_sizes_of_files_are_what_is_written():
@@ -44,41 +56,92 @@ def test_the_sizes_of_files_are_what_is_written():
     for dataset, size in (("nyud", r"best.pt` \((\d+) MB for `nyud`"),
                           ("pascal", r"(\d+) MB for `pascal`: what was trained")):
         found = 4 * costs("--dataset", dataset)["trainable"] / 1e6
-        assert abs(found - int(re.search(size, README)[1])) < 0.5
-    shipped = (ROOT / "rooms_mini.pth").stat().st_size / 1e6
-    assert f"`rooms_mini.pth` ({shipped:.1f} MB)" in README
+        assert abs(found - int(re.search(size, DOCS["RUNS"])[1])) < 0.5
+    shipped = (ROOT / "assets/rooms_mini.pth").stat().st_size / 1e6
+    assert f"`assets/rooms_mini.pth` ({shipped:.1f} MB)" in DOCS["DATA"]
 
 
 NUMBER = r"([\d.]+)"
-ROWS = re.findall(rf"^\| ([^|]+) \| (`[^|]*`|) \| {NUMBER} \| {NUMBER}, {NUMBER} \| [^|]* \|"
-                  rf" {NUMBER} \|", README, re.M)
+ROWS = re.findall(rf"^\| ([^|]+) \| (`[^|]*`|) \| {NUMBER} \| {NUMBER}, {NUMBER} \| ([^|]*) \|"
+                  rf" {NUMBER} \|", DOCS["RESULTS"], re.M)
 NOT_REPRODUCED = {"single-task full", "multi-task full"}
+
+
+def by_dataset() -> dict[str, list]:
+    """ROWS of pascal, then those of nyud, whose table begins with its own single-task full row."""
+    second = next(i for i, row in enumerate(ROWS) if row[2].startswith("84"))
+    return {"pascal": ROWS[:second], "nyud": ROWS[second:]}
 
 
 def test_the_papers_rows_are_what_the_flags_give():
     """Parameters and GMACs of every row, summed over the runs of single-task rows."""
-    dataset, tasks = "pascal", "semseg human_parts sal normals".split()
+    tasks = {"pascal": "semseg human_parts sal normals".split(),
+             "nyud": "semseg normals depth".split()}
     assert len(ROWS) == 39
-    for name, flags, trained, macs, all_macs, paper in ROWS:
-        if name == "single-task full" and trained.startswith("84"):
-            dataset, tasks = "nyud", "semseg normals depth".split()
-        runs = [flags.strip("`").replace("TASK", task).split() for task in
-                (tasks if "TASK" in flags else [""])]
-        found = [costs("--dataset", dataset, *run) for run in runs]
-        for key, shown, unit in (("trainable", trained, 1e6), ("macs_linear_conv", macs, 1e9),
-                                 ("macs_all", all_macs, 1e9)):
-            assert f"{sum(f[key] for f in found) / unit:.2f}" == shown, (dataset, name, flags)
-        exact = sum(f["trainable"] for f in found) / 1e6
-        cut = f"{int(100 * exact) / 100:.2f}"  # the papers cut some off where they round others
-        assert paper in (trained, cut) or name in NOT_REPRODUCED, (dataset, name, flags)
+    for dataset, rows in by_dataset().items():
+        for name, flags, trained, macs, all_macs, _, paper in rows:
+            runs = [flags.strip("`").replace("TASK", task).split() for task in
+                    (tasks[dataset] if "TASK" in flags else [""])]
+            found = [costs("--dataset", dataset, *run) for run in runs]
+            for key, shown, unit in (("trainable", trained, 1e6), ("macs_linear_conv", macs, 1e9),
+                                     ("macs_all", all_macs, 1e9)):
+                assert f"{sum(f[key] for f in found) / unit:.2f}" == shown, (dataset, name, flags)
+            exact = sum(f["trainable"] for f in found) / 1e6
+            cut = f"{int(100 * exact) / 100:.2f}"  # the papers cut some off where they round others
+            assert paper in (trained, cut) or name in NOT_REPRODUCED, (dataset, name, flags)
+
+
+def test_the_rows_of_the_readme_are_those_of_the_results():
+    """README's short table repeats the first row of that name of each dataset."""
+    table = re.findall(rf"^\| ([^|]+) \| {NUMBER}, {NUMBER} \| ([-+\d.]+) \| {NUMBER}, {NUMBER} "
+                       r"\| ([-+\d.]+) \| not run \|$", README, re.M)
+    assert len(table) == 6
+    for name, *shown in table:
+        found = []
+        for rows in by_dataset().values():
+            _, _, trained, macs, _, accuracies, _ = next(row for row in rows if row[0] == name)
+            found += [trained, macs, accuracies.rpartition(", ")[2]]
+        assert shown == found, name
 
 
 def test_the_list_of_files_is_complete_and_its_sizes_are_right():
     """Every module is in the reading order, with its length to the nearest ten lines."""
-    listed = dict(re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", README, re.M))
-    assert set(listed) == {path.name for path in ROOT.glob("*.py")}
+    listed = dict(re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \|", README, re.M))
+    assert set(listed) == MODULES
     for name, lines in listed.items():
         assert abs(len((ROOT / name).read_text().splitlines()) - int(lines)) <= 10, name
+
+
+def test_a_file_that_can_be_copied_alone_imports_nothing_of_ours():
+    """Those that README names for other projects; imports inside functions count too."""
+    named = re.search(r"## Use a module.*?import nothing", README, re.S)[0]
+    ours = {name.removesuffix(".py").split("/")[0] for name in MODULES}
+    for name in re.findall(r"`([\w/]+\.py)`", named):
+        nodes = list(ast.walk(ast.parse((ROOT / name).read_text())))
+        found = {alias.name for node in nodes if isinstance(node, ast.Import)
+                 for alias in node.names}
+        found |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+        assert not {module.split(".")[0] for module in found} & ours, name
+
+
+def test_the_readme_stays_short():
+    """A first page, read in one sitting; everything else is in docs/."""
+    assert len(README.splitlines()) <= 190
+    assert len(README.split()) <= 2000
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{name}.md" for name in sorted(DOCS))])
+def test_links_lead_to_files_and_headings_that_exist(page):
+    """Every relative link and picture; `#part` is a heading there, as GitHub names it."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", (ROOT / page).read_text()):
+        if re.match(r"\w+:", target):
+            continue
+        path, _, part = target.partition("#")
+        path = (ROOT / page).parent / path if path else ROOT / page
+        assert path.is_file(), (page, target)
+        headings = re.findall(r"^#+ (.*)$", path.read_text(), re.M) if part else []
+        names = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+        assert not part or part in names, (page, target)
 
 
 def test_bad_input_exits_with_one_line_and_an_error_code():

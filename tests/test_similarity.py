@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from grouping import build_tree
-from model import MultiTaskNet
+from model import tree_net
 from similarity import finetune_decoders, gradient_similarity, task_similarity
 from swin import build_swin
 from tasks import make_tasks
@@ -28,7 +28,7 @@ def example(seed, without=()):
 def network(tasks, seed=0):
     torch.manual_seed(seed)
     everything = [tuple(range(len(tasks)))]
-    return MultiTaskNet(build_swin("mini", embed_dim=16, drop_path=0.5), tasks, [everything] * 4)
+    return tree_net(build_swin("mini", embed_dim=16, drop_path=0.5), tasks, [everything] * 4)
 
 
 @pytest.mark.parametrize("normalize", ["elementwise", "none"])

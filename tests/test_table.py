@@ -1,11 +1,11 @@
-"""table.py on runs of known results."""
+"""tools/table.py on runs of known results."""
 
 import json
 import math
 
 import pytest
 
-import table
+from tools import table
 
 
 def write_run(folder, seed, **results):

@@ -10,7 +10,7 @@ from conftest import stopped_after_an_epoch
 
 import eval
 import train
-from parallel import Team
+from util.parallel import Team
 
 # Two epochs of a small network on a few rooms: seconds.
 SMALL = ["--train-rooms", "8", "--val-rooms", "4", "--size", "56", "--rank", "6", "--epochs", "2",

@@ -1,4 +1,4 @@
-"""files.py: archives and downloads, against a server of the test's own, whatever goes wrong."""
+"""datasets/archives.py: unpacking, and downloads from a server of the test's own."""
 
 import http.server
 import io
@@ -9,8 +9,8 @@ import time
 import pytest
 import torch
 
-import files
-from files import download, find_dataset, unpack
+from datasets import archives
+from datasets.archives import download, find_dataset, unpack
 
 SPLITS = ("NYUD_MT/gt_sets/train.txt", "NYUD_MT/gt_sets/val.txt")
 
@@ -116,7 +116,7 @@ def server(tmp_path):
 def test_an_interrupted_download_continues(server, tmp_path, monkeypatch, way, message):
     """The half that came is kept, also when the line just goes quiet; then the rest is asked for.
     """
-    monkeypatch.setattr(files, "TIMEOUT", 0.5)
+    monkeypatch.setattr(archives, "TIMEOUT", 0.5)
     path = tmp_path / "file"
     with pytest.raises(ValueError, match=f"{message}.*run again to continue. Other sources: there"):
         download(server + way, path, "there")
@@ -157,8 +157,8 @@ def test_no_server_is_an_error_that_says_where_else_to_look(tmp_path):
 
 def test_a_download_that_is_no_dataset_is_removed(server, tmp_path, monkeypatch):
     """find_dataset(fetch=True): the right file is unpacked; a wrong one is not found next time."""
-    source = files.SOURCES["nyud"]
-    monkeypatch.setattr(files, "CACHE", tmp_path / "cache")
+    source = archives.SOURCES["nyud"]
+    monkeypatch.setattr(archives, "CACHE", tmp_path / "cache")
     monkeypatch.setitem(source, "url", server + "file")
     assert (find_dataset("nyud", tmp_path / "a", fetch=True) / "gt_sets/val.txt").is_file()
     Handler.content = b"not an archive"

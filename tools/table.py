@@ -1,28 +1,20 @@
 """Compare runs: mean and standard deviation over seeds and delta-m, one row a method.
 
-    python table.py runs/table --baseline single              # a method among the runs, or
-    python table.py runs/table --baseline baselines/nyud.json # a file, as of the paper's numbers
+    python -m tools.table runs/table --baseline single      # a method among the runs, or a file:
+    python -m tools.table runs/nyud --baseline baselines/nyud.json    # the paper's numbers
 
-Runs lie in FOLDER/METHOD/RUN (README, "A run of runs"). Runs of a method with the same seed are put
-together: that is how single-task runs, one a task, make one row.
+Runs lie in FOLDER/METHOD/RUN (docs/RESULTS.md, "A run of runs"). Runs of a method with the same
+seed are put together: that is how single-task runs, one a task, make one row.
 References: arXiv 2509.19602, section 4.2, eq. 7.
 """
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 
 from tasks import delta_m, make_tasks
-
-
-def read_results(path: Path) -> dict:
-    """The object in a metrics.json. Raises ValueError."""
-    try:
-        content = json.loads(path.read_text())
-        return {**content, "results": dict(content["results"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a metrics.json of a run: {error!r}") from error
+from util.checkpoint import read_results
+from util.run import one_line_errors
 
 
 def collect(folder: Path) -> dict[str, dict[int, dict]]:
@@ -35,7 +27,7 @@ def collect(folder: Path) -> dict[str, dict[int, dict]]:
         whole["results"] |= run["results"]
         whole["trainable"] += run["trainable"]
     if not methods:
-        raise ValueError(f"no {folder}/METHOD/RUN/metrics.json; see README, A run of runs")
+        raise ValueError(f"no {folder}/METHOD/RUN/metrics.json; see docs/RESULTS.md, A run of runs")
     return methods
 
 
@@ -83,12 +75,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, help="holds METHOD/RUN/metrics.json")
     parser.add_argument("--baseline", help="a METHOD in it, or a JSON file, for delta-m")
     args = parser.parse_args(argv)
-    try:
+    with one_line_errors():
         methods = collect(args.folder)
         baseline = find_baseline(args.baseline, methods) if args.baseline else None
         print(format_rows(methods, baseline))
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Read every file of a dataset once and say what is wrong with it, before days are spent on it.
 
-    python data.py --check --dataset nyud --data-root data       # exit code 0: usable
+    python -m tools.check --dataset nyud --data-root data       # exit code 0: usable
 
 Named one by one: files that are missing or cannot be read, or of another size than their image;
 class numbers that cannot be; depth that looks like millimetres, normals that are not of length 1;
@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import CLASSES, LAYOUTS, Files
-from files import find_dataset, progress
+from datasets.archives import find_dataset
+from datasets.labels import LAYOUTS, NUM_CLASSES, Files
 from tasks import make_tasks
+from util.run import progress
 
 
 class Summary:
@@ -27,7 +28,7 @@ class Summary:
         self.task, self.pixels, self.valid, self.empty = task, 0, 0, []
         self.sums, self.least, self.most = 0.0, np.inf, -np.inf
 
-    def add(self, value: np.ndarray, id: str) -> None:
+    def add(self, value: np.ndarray, id: str) -> None:  # (H, W), or (H, W, channels)
         label = torch.from_numpy(np.ascontiguousarray(value))
         label = (label.permute(2, 0, 1) if label.ndim == 3 else label.long())[None]
         valid = self.task.valid(label).reshape(value.shape[:2]).numpy()
@@ -40,24 +41,25 @@ class Summary:
         if self.task.name in ("depth", "normals"):
             self.sums += values.sum(0, dtype=float)
         else:
-            self.sums += np.bincount(values, minlength=CLASSES["nyud"])
+            self.sums += np.bincount(values, minlength=NUM_CLASSES["nyud"])
         self.least, self.most = min(self.least, values.min()), max(self.most, values.max())
 
     def __str__(self) -> str:
         text = f"  {self.task.name:<12} valid {self.valid / max(1, self.pixels):6.1%}"
-        if self.valid and self.task.name == "depth":
-            mean = self.sums[0] / self.valid
-            text += f"   {self.least:.2f} to {self.most:.2f} m, mean {mean:.2f}"
-        elif self.valid and self.task.name == "normals":
-            text += "   mean (x right, y down, z to the camera) " + " ".join(
-                f"{x:+.2f}" for x in self.sums / self.valid)
-        elif self.valid:
-            shares = self.sums / self.valid
-            text += "   classes " + "  ".join(f"{c}: {s:.1%}" for c, s in enumerate(shares) if s)
+        if self.valid:
+            text += "   " + self.values(self.sums / self.valid)
         if self.empty:
             text += (f"\n{'':<15}no valid pixel in {len(self.empty)} images: "
                      f"{', '.join(self.empty[:6])}{' ...' if len(self.empty) > 6 else ''}")
         return text
+
+    def values(self, mean: np.ndarray) -> str:
+        """mean: of the valid pixels (channels,), or each class's part of them (classes,)."""
+        if self.task.name == "depth":
+            return f"{self.least:.2f} to {self.most:.2f} m, mean {mean[0]:.2f}"
+        if self.task.name == "normals":
+            return "mean (x right, y down, z to the camera) " + " ".join(f"{x:+.2f}" for x in mean)
+        return "classes " + "  ".join(f"{c}: {part:.1%}" for c, part in enumerate(mean) if part)
 
 
 def check_split(name: str, root: Path, split: str, tasks: list) -> tuple[list[str], str, list[str]]:
@@ -88,25 +90,25 @@ def check_split(name: str, root: Path, split: str, tasks: list) -> tuple[list[st
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Check both splits of the dataset that the flags name; prints, and exits with a fault."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("--check", action="store_true", required=True, help="read every file once")
-    add("--dataset", choices=sorted(LAYOUTS), required=True, help="which one")
-    add("--data-root", default="data", help="folder of the dataset, or its archive")
+    parser.add_argument("--dataset", choices=sorted(LAYOUTS), required=True, help="which one")
+    parser.add_argument("--data-root", default="data", help="folder of the dataset, or its archive")
     args = parser.parse_args(argv)
-    tasks = make_tasks([kind for kind in LAYOUTS[args.dataset]["files"] if kind != "image"],
-                       CLASSES[args.dataset])
+    kinds = [kind for kind in LAYOUTS[args.dataset]["files"] if kind != "image"]
+    tasks = make_tasks(kinds, NUM_CLASSES[args.dataset])
     try:
         root = find_dataset(args.dataset, args.data_root)
-        splits = [check_split(args.dataset, root, split, tasks) for split in ("train", "val")]
+        wrong, train_text, train_ids = check_split(args.dataset, root, "train", tasks)
+        wrong_val, val_text, val_ids = check_split(args.dataset, root, "val", tasks)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {str(error).strip().splitlines()[-1]}") from error
-    wrong = [sentence for found, _, _ in splits for sentence in found]
-    both = sorted(set(splits[0][2]) & set(splits[1][2]))
+    wrong = wrong + wrong_val
+    both = sorted(set(train_ids) & set(val_ids))
     if both:
         wrong.append(f"{args.dataset}: {len(both)} images are in train and in val: "
                      f"{', '.join(both[:6])}")
-    print("\n".join([text for _, text, _ in splits] + wrong))
+    print("\n".join([train_text, val_text, *wrong]))
     if wrong:
         raise SystemExit(f"{root} is not usable: {len(wrong)} faults, named above")
     print(f"{root} is usable")

@@ -16,6 +16,7 @@ import os
 import platform
 import shutil
 import zipfile
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,8 +24,16 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from data import CLASSES
+from model import build
+from tasks import make_tasks
+
 VERSIONS = {"python": platform.python_version(), "torch": str(torch.__version__),
             "torchvision": str(torchvision.__version__)}
+
+# Flags of which a resumed run may have others than it began with.
+MAY_CHANGE = {"out", "resume", "data_root", "download", "device", "workers", "cache", "log_every",
+              "tree", "compile"}
 
 
 # --- writing --------------------------------------------------------------------------------------
@@ -61,6 +70,27 @@ def check_space(folder: Path, model: nn.Module) -> None:
     if free < need:
         raise ValueError(f"{folder}: its disk has {free / 1e6:,.0f} MB free, the checkpoints need "
                          f"{need / 1e6:,.0f} MB; make room or choose another --out")
+
+
+def check_out(config: Namespace) -> dict | None:
+    """The state that a run in --out goes on from, if any. Refuses to overwrite another run."""
+    out = Path(config.out)
+    last = out / "last.pt"
+    if config.resume:
+        state = read_checkpoint(last)
+        differ = [f"--{k.replace('_', '-')} {v}, not {getattr(config, k, None)}"
+                  for k, v in state["config"].items()
+                  if k not in MAY_CHANGE and v != getattr(config, k, None)]
+        if differ:
+            raise ValueError(f"{last} was trained with {'; '.join(differ)}: resume with the same "
+                             "flags, or choose another --out")
+        return state
+    if last.exists():
+        raise ValueError(f"{out} already holds a run: continue it with --resume, or choose another "
+                         "--out")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; expected a folder, or a name for a new one")
+    return None
 
 
 def open_log(path: Path, step: int):
@@ -122,3 +152,24 @@ def load_trained(model: nn.Module, state: dict, path: Path) -> None:
         raise ValueError(f"{path} does not fit its own configuration: {len(differ)} weights are "
                          f"missing, unknown or misshapen: {', '.join(differ[:4])}")
     model.load_state_dict(state["model"], strict=False)
+
+
+def load_run(path: Path, weights: str | None = None) -> tuple[nn.Module, list, Namespace]:
+    """The network of a checkpoint, its tasks and its flags; weights: where the backbone's are now.
+    """
+    state = read_checkpoint(path)
+    config = Namespace(**state["config"])
+    config.weights = weights or config.weights
+    tasks = make_tasks(config.tasks, CLASSES[config.dataset])
+    model = build(config, tasks, state["tree"])
+    load_trained(model, state, path)
+    return model, tasks, config
+
+
+def read_results(path: Path) -> dict:
+    """The object in a metrics.json. Raises ValueError."""
+    try:
+        content = json.loads(path.read_text())
+        return {**content, "results": dict(content["results"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a metrics.json of a run: {error!r}") from error

@@ -1,12 +1,12 @@
 """Time and memory, beside what they are compared with: the backbone, a training step, inference.
 
-    python bench.py                                        # Swin-Tiny at 448x448, one table
-    python bench.py --only backbone,step --batch 4 --json bench.json
-    python bench.py --device cuda --batch 8 --compile --data-root data
+    python -m tools.bench                                        # Swin-Tiny at 448x448, one table
+    python -m tools.bench --only backbone,step --batch 4 --json bench.json
+    python -m tools.bench --device cuda --batch 8 --compile --data-root data
 
 The sides of a comparison alternate within a run, after one round of warming up; a row gives the
 median, the quartiles, and the median of the round-by-round ratios to the first side. GMAC/s count a
-forward pass once (eval.py --cost), a step that trains everything three times, and one through
+forward pass once (cost.py), a step that trains everything three times, and one through
 frozen weights twice, as their own gradients are never computed; "of peak" compares with the rate of
 one large matrix product here. Memory is the peak over the row, without what was there before it:
 allocated on a GPU, resident in a process of its own on a CPU.
@@ -26,17 +26,20 @@ import torch
 import torchvision
 from torch import nn
 
-from checkpoint import write_json
+from cost import count_macs
 from data import CLASSES, InMemory, ToDevice, draw_augmentation, loader, open_dataset, warp
-from eval import count_macs, predictor
+from eval import predictor
 from grouping import best_partition, build_tree
-from model import amp_dtype, build, pick_device
-from parallel import Team
+from model import build
+from recipes import parse_arguments
 from similarity import task_similarity
 from swin import build_swin
 from tasks import make_tasks
 from tglora import merge
-from train import make_optimizer, memory_gib, parse_arguments, train_step
+from train import make_optimizer, train_step
+from util.checkpoint import write_json
+from util.parallel import Team
+from util.run import amp_dtype, memory_gib, pick_device
 
 NETWORKS = {"1,1,1,1 (MTL-LoRA)": "--groups 1,1,1,1", "1,2,3,4 (TGLoRA)": "--groups 1,2,3,4",
             "4,4,4,4": "--groups 4,4,4,4", "MTLoRA": "--method mtlora"}
@@ -72,11 +75,18 @@ def step_of(args: argparse.Namespace, flags: str, compiled: bool = False) -> tup
         work = macs["macs_all"] * (3 if "full" in flags else 2)
     if compiled:
         model.compile(dynamic=False, fullgraph=True)
+    image, labels = inputs(args, args.batch)
+    return partial(trainer(args, model, tasks, config), image, labels), work * args.batch / 1e9
+
+
+def trainer(args: argparse.Namespace, model: nn.Module, tasks: list,
+            config: argparse.Namespace) -> Callable:
+    """train_step as a function of (image, labels) alone."""
     amp = amp_dtype(args.amp, args.device)
-    step = partial(train_step, model.train(), tasks, make_optimizer(model, config.lr, 0.05),
-                   torch.amp.GradScaler(args.device.type, enabled=amp is torch.float16),
-                   *inputs(args, args.batch), 1, config.clip, amp, Team(args.device))
-    return step, work * args.batch / 1e9
+    optimizer = make_optimizer(model, config.lr, config.weight_decay)
+    scaler = torch.amp.GradScaler(args.device.type, enabled=amp is torch.float16)
+    return partial(train_step, model, tasks, optimizer, scaler, parts=1, clip=config.clip, amp=amp,
+                   team=Team(args.device))
 
 
 def decoder_macs(model: nn.Module, size: int) -> int:
@@ -222,17 +232,14 @@ def data_of(args: argparse.Namespace, rate: float, name: str, flags: str,
         speed = f"{1e3 * count / row['ms']:.1f} images/s"
         yield row | {key: row[key] / count for key in ("ms", "low", "high")} | {"note": speed}
 
-    tasks, kept, amp = make_tasks(config.tasks, CLASSES[name]), InMemory(raw), amp_dtype(
-        args.amp, args.device)
+    tasks, kept = make_tasks(config.tasks, CLASSES[name]), InMemory(raw)
     model = build(config, tasks, build_tree(np.zeros((3, 3)), config.groups)).to(args.device)
-    optimizer = make_optimizer(model.train(), 1e-4, 0.05)
-    scaler = torch.amp.GradScaler(args.device.type, enabled=amp is torch.float16)
+    step_on = trainer(args, model, tasks, config)
     batches = iter(ToDevice(loader(kept, [list(range(batch))] * (args.rounds + 1)), args.device))
     fetched = []
 
     def train() -> None:
-        image, labels = warp(fetched.pop(), config.size, **draw_augmentation(batch, *augmentation))
-        train_step(model, tasks, optimizer, scaler, image, labels, 1, 5.0, amp, Team(args.device))
+        step_on(*warp(fetched.pop(), config.size, **draw_augmentation(batch, *augmentation)))
 
     seconds = alternate(args, {"fetch": lambda: fetched.append(next(batches)), "step": train})
     waits = statistics.median(f / (f + s) for f, s in zip(*seconds.values()))

@@ -1,0 +1,1 @@
+"""Datasets: rendered rooms, labels on disk, and the archives that they come in."""

@@ -1,0 +1,1 @@
+"""Programs beside training and evaluation, each run as `python -m tools.NAME`."""
