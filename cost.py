@@ -53,12 +53,10 @@ def count_macs(model: nn.Module, size: tuple[int, int]) -> dict[str, int]:
             extra = module.product_macs(*inputs[:1])
         elif isinstance(module, nn.Conv2d):
             dense = output.numel() * (module.weight[0].numel() + (module.bias is not None))
+        elif isinstance(module, TGLoRALinear):
+            dense, extra = module.macs(output[..., 0].numel() // len(module.ranks))
         else:
-            d, k = module.weight.shape[-2:]
-            dense = output.numel() * (k + (module.bias is not None))
-            if isinstance(module, TGLoRALinear) and not module.merged:
-                rows = output.numel() // d // len(module.ranks)  # of a group
-                extra = rows * sum(module.ranks) * (k + d)
+            dense = output.numel() * (module.in_features + (module.bias is not None))
         macs["macs_linear_conv"] += dense
         macs["macs_all"] += dense + extra
 
@@ -76,7 +74,8 @@ def count_macs(model: nn.Module, size: tuple[int, int]) -> dict[str, int]:
 def cost(config: argparse.Namespace) -> dict[str, int]:
     """Trained parameters and MACs of the run that train.py would start with these flags."""
     tasks = make_tasks(config.tasks, CLASSES[config.dataset])
-    # Costs depend on how many groups a stage has, not on which tasks are in them.
+    # Costs depend on how many groups a stage has and, as adapters are padded to the largest one's
+    # rank, on how uneven they are: without a tree, as uneven as can be.
     tree = (read_tree(config.tree, config.tasks) if config.tree else
             build_tree(np.zeros((len(tasks), len(tasks))), config.groups))
     config = argparse.Namespace(**{**vars(config), "weights": "none"})

@@ -86,11 +86,12 @@ def tglora(backbone: nn.Module, tasks: Sequence, tree: Sequence[Partition],
            config: Any) -> MultiTaskNet:
     """In each stage a combined rank, split between its groups by their sizes (4.3)."""
     model = tree_net(backbone, tasks, tree)
-    layers, plus, others = config.layers.partition("+others")
+    layers, others, _ = config.layers.partition("+others")
+    names = adapted_layers(backbone, layers, config)
     for stage, partition, rank in zip(backbone.layers, tree, stage_ranks(config), strict=True):
         ranks = split_rank(rank, [len(group) for group in partition])
-        add_adapters(stage, backbone.ADAPTED[layers], ranks, dropout=config.dropout)
-    freeze(backbone, backbone.OTHERS if plus else ())
+        add_adapters(stage, names, ranks, dropout=config.dropout)
+    freeze(backbone, backbone.OTHERS if others else ())
     return model
 
 
@@ -98,7 +99,8 @@ def mtlora_net(backbone: nn.Module, tasks: Sequence, tree: Sequence[Partition],
                config: Any) -> MultiTaskNet:
     """MTLoRA or MTLoRA+, which have groups of their own."""
     model = MultiTaskNet(backbone, tasks, *mtlora.routing(len(backbone.layers), len(tasks)))
-    mtlora.adapt(backbone, len(tasks), config.rank, config.dropout,
+    names = adapted_layers(backbone, "attn+mlp", config)
+    mtlora.adapt(backbone, names, len(tasks), config.rank, config.dropout,
                  **mtlora.METHODS[config.method])
     return model
 
@@ -106,6 +108,15 @@ def mtlora_net(backbone: nn.Module, tasks: Sequence, tree: Sequence[Partition],
 METHODS: dict[str, Callable[..., nn.Module]] = {
     "tglora": tglora, **dict.fromkeys(mtlora.METHODS, mtlora_net),
     "full": full, "decoders": decoders_only}
+
+
+def adapted_layers(backbone: nn.Module, layers: str, config: Any) -> list[str]:
+    """What --layers names, less what --without names."""
+    unknown = set(config.without) - set(backbone.ADAPTED[layers])
+    if unknown:
+        raise ValueError(f"--without {','.join(sorted(unknown))}: expected some of "
+                         f"{','.join(backbone.ADAPTED[layers])}")
+    return [name for name in backbone.ADAPTED[layers] if name not in config.without]
 
 
 def stage_ranks(config: Any) -> list[int]:
@@ -122,4 +133,11 @@ def build(config: Any, tasks: Sequence, tree: Sequence[Partition]) -> nn.Module:
     backbone = build_swin(config.backbone, drop_path=config.drop_path)
     if config.weights != "none":
         load_weights(backbone, config.weights, config.backbone)
-    return METHODS[config.method](backbone, tasks, tree, config)
+    model = METHODS[config.method](backbone, tasks, tree, config)
+    for part in config.frozen:
+        matching = [p for name, p in backbone.named_parameters() if part in name]
+        if not matching:
+            raise ValueError(f"--frozen {part}: no weight of the backbone has that in its name")
+        for p in matching:
+            p.requires_grad_(False)
+    return model

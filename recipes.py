@@ -154,6 +154,10 @@ def make_parser(dataset: str, shared: argparse.ArgumentParser) -> argparse.Argum
     add("--rank", type=int, help="combined rank of a layer's adapters, split by group size")
     add("--last-rank", type=int, help="the last stage's combined rank is this times the tasks")
     add("--layers", choices=("attn", "attn+mlp", "attn+mlp+others"), help="what is adapted")
+    add("--without", type=names, default=[],
+        help="layers that get no adapter, by the ends of their names: mlp.fc1,mlp.fc2")
+    add("--frozen", type=names, default=[],
+        help="parts of names of the backbone's weights that stay frozen whatever is trained")
     add("--dropout", type=float, help="on the adapters' input")
     add("--drop-path", type=float, help="stochastic depth of the deepest block")
 
@@ -218,6 +222,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--groups needs four numbers, one for each stage of the backbone")
     if min(config.size) < 32:
         parser.error("--size must be at least 32")
+    if config.method != "tglora":  # what would be ignored, or change the cost alone
+        if config.tree or set(config.groups) != {1}:
+            parser.error(f"--groups and --tree go with --method tglora; {config.method} has no "
+                         "groups of its own to choose")
+        if config.layers != parser.get_default("layers"):
+            parser.error(f"--layers goes with --method tglora; {config.method} says itself what "
+                         "it adapts")
     return config
 
 

@@ -28,10 +28,12 @@ class TGLoRALinear(nn.Module):
     that is added is named `lora_*`. scale is gamma of eq. 4, constant as in the paper's recipe.
     """
 
+    least_rank = 1
+
     def __init__(self, linear: nn.Linear, ranks: Sequence[int], scale: float = 4.0,
                  dropout: float = 0.05):
         super().__init__()
-        if not ranks or min(ranks) < 1:
+        if not ranks or min(ranks) < self.least_rank:
             raise ValueError(f"TGLoRALinear: every group needs a rank of at least 1, got {ranks}")
         d, k = linear.weight.shape
         self.ranks, self.scale, self.merged = tuple(ranks), scale, False
@@ -42,7 +44,7 @@ class TGLoRALinear(nn.Module):
         new = {"device": self.weight.device, "dtype": self.weight.dtype}
         self.lora_A = nn.ParameterList(torch.empty(r, k, **new) for r in ranks)
         self.lora_B = nn.ParameterList(torch.zeros(d, r, **new) for r in ranks)  # starts as W x
-        for A in self.lora_A:
+        for A in filter(len, self.lora_A):
             nn.init.kaiming_uniform_(A, a=5 ** 0.5)  # as nn.Linear does, and LoRA with it
         self.dropout = dropout
 
@@ -57,13 +59,27 @@ class TGLoRALinear(nn.Module):
             y = [F.linear(x[g], self.weight[g], self.bias) for g in range(G)]
             return torch.cat(y) if G > 1 else y[0]
         y = F.linear(x, self.weight, self.bias)
+        x = self.drop(x).reshape(G, -1, k)
+        return self.add_adapters(y.view(G, -1, d), x).view(y.shape)
+
+    def drop(self, x: Tensor) -> Tensor:
+        """Dropout, of the adapters' input alone."""
         if self.training and self.dropout:  # nn.Dropout would keep a mask of floats on the CPU
             x = torch.native_dropout(x, self.dropout, True)[0]
+        return x
+
+    def add_adapters(self, y: Tensor, x: Tensor, groups: slice = slice(None)) -> Tensor:
+        """y (G, N, d), or one for all groups (1, N, d); x (G, N, k) -> y_g + gamma B_g A_g x_g."""
         # All groups in one product: ranks that differ are padded with zeros.
-        A = pad_sequence(list(self.lora_A), batch_first=True)  # (G, r, k)
-        B = pad_sequence([B.T for B in self.lora_B], batch_first=True)  # (G, r, d)
-        Ax = x.reshape(G, -1, k) @ A.mT  # (G, N, r)
-        return torch.baddbmm(y.view(G, -1, d), Ax, B, alpha=self.scale).view(y.shape)  # eq. 4
+        A = pad_sequence(list(self.lora_A)[groups], batch_first=True)  # (G, r, k)
+        B = pad_sequence([B.T for B in list(self.lora_B)[groups]], batch_first=True)  # (G, r, d)
+        return torch.baddbmm(y, x @ A.mT, B, alpha=self.scale)  # eq. 4
+
+    def macs(self, rows: int) -> tuple[int, int]:
+        """Multiply-accumulates for `rows` inputs of each group: of W and bias, of the adapters."""
+        G, (d, k) = len(self.ranks), self.weight.shape[-2:]
+        padded = 0 if self.merged else max(self.ranks)
+        return G * rows * d * (k + (self.bias is not None)), G * rows * padded * (k + d)
 
     @torch.no_grad()
     def merge(self) -> None:

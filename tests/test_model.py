@@ -12,8 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import cost
 import train
 from cost import ledger
-from model import tglora, tree_net
+from model import mtlora_net, tglora, tree_net
 from swin import build_swin
+from tglora import merge
 
 TREE = [[(0, 1, 2)], [(0, 1), (2,)], [(0, 1), (2,)], [(0,), (1,), (2,)]]
 TASKS = [SimpleNamespace(name=n, outputs=o) for n, o in (("a", 4), ("b", 1), ("c", 3))]
@@ -22,7 +23,8 @@ TASKS = [SimpleNamespace(name=n, outputs=o) for n, o in (("a", 4), ("b", 1), ("c
 def network(tree=TREE, tasks=TASKS, rank=9, layers="attn+mlp"):
     """A small network whose adapters are not zero."""
     torch.manual_seed(0)
-    config = SimpleNamespace(layers=layers, rank=rank, last_rank=None, groups=(1,) * 4, dropout=0.0)
+    config = SimpleNamespace(layers=layers, rank=rank, last_rank=None, groups=(1,) * 4, dropout=0.0,
+                             without=[])
     model = tglora(build_swin("mini", embed_dim=16), tasks, tree, config)
     for name, p in model.named_parameters():
         if "lora_B" in name:
@@ -143,9 +145,17 @@ def test_a_tree_from_a_file_has_its_cost(tmp_path):
     assert found == costs("--dataset", "nyud")
 
 
-def test_all_macs_equal_pytorchs_counter():
-    """The true cost agrees with torch's FLOP counter (2 FLOPs a MAC; it leaves out biases)."""
-    model, x = network(), torch.randn(1, 3, 112, 112)
+def mtlora_network():
+    config = SimpleNamespace(method="mtlora", rank=48, dropout=0.0, without=[])
+    return mtlora_net(build_swin("mini", embed_dim=16), TASKS, None, config).eval()
+
+
+@pytest.mark.parametrize("model", [lambda: network(), lambda: network(rank=48), mtlora_network,
+                                   lambda: merge(network(rank=48))])
+def test_all_macs_equal_pytorchs_counter(model):
+    """The true cost agrees with torch's FLOP counter (2 FLOPs a MAC; it leaves out biases), also
+    where ranks differ much."""
+    model, x = model(), torch.randn(1, 3, 112, 112)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         model(x)
     found = cost.count_macs(model, (112, 112))["macs_all"]

@@ -158,7 +158,7 @@ def load_run(path: Path, weights: str | None = None) -> tuple[nn.Module, list, N
     """The network of a checkpoint, its tasks and its flags; weights: where the backbone's are now.
     """
     state = read_checkpoint(path)
-    config = Namespace(**state["config"])
+    config = Namespace(**{"without": [], "frozen": [], **state["config"]})  # older runs lack them
     config.weights = weights or config.weights
     tasks = make_tasks(config.tasks, CLASSES[config.dataset])
     model = build(config, tasks, state["tree"])
