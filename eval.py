@@ -122,6 +122,15 @@ def reference(tasks: list, batches: Iterable, size: tuple[int, int] | None) -> d
     return evaluate(predict, tasks, batches, size)["results"]
 
 
+def format_line(tasks: list, found: dict) -> str:
+    """The validation loss and the compared metrics, and delta-m where there is one, in a line."""
+    metrics = [f"{task.name} {task.metric} {found['results'][task.name][task.metric]:.4f}"
+               for task in tasks]
+    if "delta_m" in found:
+        metrics.append(f"delta-m {found['delta_m']:+.2f} %")
+    return f"validation loss {found['loss']:.4f}  {'  '.join(metrics)}"
+
+
 def format_table(tasks: list, found: dict, reference: dict, size: tuple[int, int] | None) -> str:
     """`evaluate`'s answer, a line a metric, beside the best constant's; the compared is starred."""
     where = f"at {size[0]}x{size[1]}" if size else "at their own size"

@@ -51,7 +51,7 @@ class MultiTaskNet(nn.Module):
         x = self.backbone.patch_embed(image)[None]  # (1, B, h, w, c): one group, all tasks
         maps = []
         for stage, parent in zip(self.backbone.layers, self.parents):
-            if len(parent) != len(x):  # the tree branches here
+            if list(parent) != list(range(len(x))):  # the tree branches here
                 x = torch.stack([x[p] for p in parent])  # (G, B, h, w, c)
             x = stage(x.flatten(0, 1)).unflatten(0, (-1, x.shape[1]))  # (G*B, ...) -> (G, B, ...)
             maps.append(x)

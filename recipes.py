@@ -249,11 +249,14 @@ def tree_without_choice(config: argparse.Namespace, num_tasks: int) -> list[Part
     return tree if set(config.groups) <= {1, num_tasks} else None
 
 
-def read_baseline(paths: list[str], tasks: list) -> dict:
-    """{task: {metric: value}} from metrics.json files; checked to have every task's metric."""
-    baseline = {}
+def read_baseline(config: argparse.Namespace, tasks: list) -> dict:
+    """{task: {metric: value}} from --baseline's files; checked to have every task's metric."""
+    baseline, paths = {}, config.baseline
     for path in paths:
-        baseline |= read_results(Path(path))["results"]
+        found = read_results(Path(path))
+        if found.get("dataset", config.dataset) != config.dataset:
+            raise ValueError(f"--baseline {path} is of {found['dataset']}, not {config.dataset}")
+        baseline |= found["results"]
     try:
         delta_m({task.name: {task.metric: 1.0} for task in tasks}, baseline)
     except ValueError as error:

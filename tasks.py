@@ -6,6 +6,9 @@ valid pixels only. Metrics are sums: `sums(pred, label)` of any batches add up, 
 divides once at the end, so that they do not depend on how a set was cut into batches. Without any
 valid pixel, and where any prediction is NaN, a task's metrics are NaN.
 
+A loss is a mean over the valid pixels of a batch. Where the batch is computed in parts, `totals` of
+the whole of it, passed to each part's `loss`, make the parts' losses add up to the batch's.
+
 Shapes: B batch, H W pixels. A prediction is (B, outputs, H, W); labels are (B, H, W) int64 for
 classes and sal, (B, 1, H, W) for depth in metres, (B, 3, H, W) for normals (x right, y down, z to
 the camera).
@@ -32,10 +35,14 @@ class Segmentation:
     def valid(self, label: Tensor) -> Tensor:
         return label != IGNORE  # (B, H, W)
 
-    def loss(self, pred: Tensor, label: Tensor) -> Tensor:
+    def totals(self, label: Tensor) -> Tensor:
+        return self.valid(label).sum()[None]
+
+    def loss(self, pred: Tensor, label: Tensor, totals: Tensor | None = None) -> Tensor:
         """Cross-entropy, mean over valid pixels (0 when there are none)."""
-        total = F.cross_entropy(pred.float(), label, ignore_index=IGNORE, reduction="sum")
-        return total / self.valid(label).sum().clamp(min=1)
+        pixels, = self.totals(label) if totals is None else totals
+        error = F.cross_entropy(pred.float(), label, ignore_index=IGNORE, reduction="sum")
+        return error / pixels.clamp(min=1)
 
     def sums(self, pred: Tensor, label: Tensor) -> Tensor:
         """Confusion matrix, (classes, classes): rows are true, columns predicted."""
@@ -76,14 +83,17 @@ class Saliency:
     def valid(self, label: Tensor) -> Tensor:
         return label != IGNORE  # (B, H, W)
 
-    def loss(self, pred: Tensor, label: Tensor) -> Tensor:
+    def totals(self, label: Tensor) -> Tensor:
+        return torch.stack([self.valid(label).sum(), (label == 1).sum()])
+
+    def loss(self, pred: Tensor, label: Tensor, totals: Tensor | None = None) -> Tensor:
         """Balanced cross-entropy: each side weighted by the other's share of the valid pixels."""
-        valid = self.valid(label)
-        positive, n = (label == 1).sum(), valid.sum().clamp(min=1)
-        balance = torch.where(label == 1, n - positive, positive) / n
+        pixels, positive = self.totals(label) if totals is None else totals
+        pixels = pixels.clamp(min=1)
+        balance = torch.where(label == 1, pixels - positive, positive) / pixels
         error = F.binary_cross_entropy_with_logits(pred[:, 0].float(), (label == 1).float(),
                                                    reduction="none")
-        return (error * balance * valid).sum() / n
+        return (error * balance * self.valid(label)).sum() / pixels
 
     def sums(self, pred: Tensor, label: Tensor) -> Tensor:
         """Images with valid pixels, then per threshold IoU, precision and recall, (1 + 3 * 15).
@@ -134,10 +144,13 @@ class Depth:
     def valid(self, label: Tensor) -> Tensor:
         return label > 0  # (B, 1, H, W)
 
-    def loss(self, pred: Tensor, label: Tensor) -> Tensor:
+    def totals(self, label: Tensor) -> Tensor:
+        return self.valid(label).sum()[None]
+
+    def loss(self, pred: Tensor, label: Tensor, totals: Tensor | None = None) -> Tensor:
         """L1 in metres, mean over valid pixels (0 when there are none)."""
-        valid = self.valid(label)
-        return ((pred.float() - label).abs() * valid).sum() / valid.sum().clamp(min=1)
+        pixels, = self.totals(label) if totals is None else totals
+        return ((pred.float() - label).abs() * self.valid(label)).sum() / pixels.clamp(min=1)
 
     def sums(self, pred: Tensor, label: Tensor) -> Tensor:
         """Pixels, squared error, relative error."""
@@ -175,11 +188,14 @@ class Normals:
     def valid(self, label: Tensor) -> Tensor:
         return label.norm(dim=1) > 0.5  # (B, H, W)
 
-    def loss(self, pred: Tensor, label: Tensor) -> Tensor:
+    def totals(self, label: Tensor) -> Tensor:
+        return self.valid(label).sum()[None]
+
+    def loss(self, pred: Tensor, label: Tensor, totals: Tensor | None = None) -> Tensor:
         """L1 between unit vectors, mean over valid pixels and their 3 coordinates."""
-        valid = self.valid(label)
-        error = (F.normalize(pred.float(), dim=1) - label).abs() * valid[:, None]
-        return error.sum() / (3 * valid.sum()).clamp(min=1)
+        pixels, = self.totals(label) if totals is None else totals
+        error = (F.normalize(pred.float(), dim=1) - label).abs() * self.valid(label)[:, None]
+        return error.sum() / (3 * pixels).clamp(min=1)
 
     def sums(self, pred: Tensor, label: Tensor) -> Tensor:
         """Pixels, angles, squared angles, pixels within 11.25, 22.5 and 30 degrees."""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from cost import ledger
 from data import (CLASSES, ToDevice, draw_augmentation, epoch_batches, loader, open_dataset, warp)
-from eval import evaluate, format_table, predictor, reference
+from eval import evaluate, format_line, format_table, predictor, reference
 from grouping import Partition, build_tree, format_tree, name_tree, read_tree
 from model import build
 from recipes import parse_arguments, read_baseline, tree_without_choice
@@ -113,42 +113,41 @@ def train_step(model: nn.Module, tasks: list, optimizer: torch.optim.Optimizer,
                parts: int, clip: float, amp: torch.dtype | None, team: Team) -> Tensor:
     """One update from a batch computed in `parts`; returns the tasks' losses (T,), unweighted.
 
-    Nothing in it waits for the GPU.
+    All are NaN where the gradient alone is not finite. Nothing in it waits for the GPU.
     """
-    images = image.chunk(parts)
+    # Losses are means over the valid pixels of the whole batch, of all parts and processes.
+    totals = {task.name: team.sum(task.totals(labels[task.name])) for task in tasks}
     truths = {task.name: labels[task.name].chunk(parts) for task in tasks}
-    # A loss is a mean over valid pixels: of a part, it counts by its share of the whole batch's.
-    valid = torch.stack([torch.stack([task.valid(truths[task.name][i]).sum() for task in tasks])
-                         for i in range(len(images))]).float()  # (parts, T), pixels
-    share_of_batch = valid / team.sum(valid.sum(0)).clamp(min=1)
-    weights = [task.weight for task in tasks]
 
     model.train()
     losses = torch.zeros(len(tasks), device=image.device)
-    for i, part in enumerate(images):
+    for i, part in enumerate(image.chunk(parts)):
         with torch.autocast(image.device.type, amp, enabled=amp is not None):
             predictions = model(part)
-        loss = torch.stack([task.loss(predictions[task.name], truths[task.name][i])
-                            for task in tasks]) * share_of_batch[i]  # (T,)
-        total = sum(weight * own for weight, own in zip(weights, loss.unbind()))  # eq. 8
+        loss = torch.stack([task.loss(predictions[task.name], truths[task.name][i],
+                                      totals[task.name]) for task in tasks])  # (T,)
+        total = sum(task.weight * own for task, own in zip(tasks, loss.unbind()))  # eq. 8
         scaler.scale(total * team.size).backward()  # which averages over the processes
         losses += loss.detach()
     scaler.unscale_(optimizer)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    nn.utils.clip_grad_norm_(trained, clip)
+    norm = nn.utils.clip_grad_norm_(trained, clip)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
-    return losses
+    if scaler.is_enabled():  # fp16's scaler has left out a step whose gradient overflows
+        return losses
+    return torch.where(losses.isfinite().all() & ~norm.isfinite(), math.nan, losses)
 
 
 def check_finite(losses: dict[str, float], last_logged: int, step: int) -> None:
-    """Raises ValueError where a loss of the steps since the last log line was not finite."""
+    """Raises ValueError where a loss or a gradient since the last log line was not finite."""
     bad = [name for name, loss in losses.items() if not math.isfinite(loss)]
     if bad:
-        raise ValueError(f"the loss of {', '.join(bad)} is not finite between steps {last_logged} "
-                         f"and {step}; the checkpoints are from before. Try a lower --lr or --amp "
-                         "off")
+        gradient = ", or the gradient," if len(bad) == len(losses) else ""
+        raise ValueError(f"the loss of {', '.join(bad)}{gradient} is not finite between steps "
+                         f"{last_logged} and {step}; the checkpoints are from before. Try a lower "
+                         "--lr or --amp off")
 
 
 def quality(found: dict) -> float:
@@ -169,7 +168,7 @@ def run(config: argparse.Namespace) -> None:
     if tree:
         config.groups = tuple(len(partition) for partition in tree)
     tree = tree or tree_without_choice(config, len(tasks))
-    baseline = read_baseline(config.baseline, tasks) if config.baseline else None
+    baseline = read_baseline(config, tasks) if config.baseline else None
     out, resumed = Path(config.out), check_out(config)
 
     # Data.
@@ -212,12 +211,13 @@ def run(config: argparse.Namespace) -> None:
         if not resumed:
             write_json(out / "tree.json", {"tasks": config.tasks, "similarity": similarity,
                                            "tree": name_tree(tree, config.tasks)})
-    step, best = 0, None
+    step, best, latest = 0, None, None  # evaluations
     if resumed:
         load_trained(model, resumed, out / "last.pt")
         optimizer.load_state_dict(resumed["optimizer"])
         scaler.load_state_dict(resumed["scaler"])
         step, best = resumed["step"], resumed["best"]
+        latest = resumed.get("latest", best)  # older runs kept the best alone
     meter = LossMeter(config.tasks, step, device)
     if resumed:
         meter.load_state(resumed, team.leads)
@@ -228,7 +228,7 @@ def run(config: argparse.Namespace) -> None:
         """A checkpoint of this moment, by one process of the team."""
         if team.leads:
             save(out / name, {**of_the_run, "model": trained_state(model), "step": step,
-                              "best": best, **more})
+                              "best": best, "latest": latest, **more})
 
     # Epochs.
     log = open_log(out / "log.jsonl", step) if team.leads else open(os.devnull, "w")
@@ -259,9 +259,8 @@ def run(config: argparse.Namespace) -> None:
                 if baseline:
                     found["delta_m"] = delta_m(found["results"], baseline)
                 log.write(json.dumps(found) + "\n")
-                metrics = (f"{task.name} {task.metric} "
-                           f"{found['results'][task.name][task.metric]:.4f}" for task in tasks)
-                print(f"epoch {epoch}: validation loss {found['loss']:.4f}  {'  '.join(metrics)}")
+                print(f"epoch {epoch}: {format_line(tasks, found)}")
+                latest = found
                 if best is None or quality(found) > quality(best):
                     best = found
                     write("best.pt")
@@ -269,6 +268,8 @@ def run(config: argparse.Namespace) -> None:
 
             # Each epoch, and when told to stop: save for --resume. Processes agree where they log.
             stop = signals and team.size == 1 or log_now and team.any(bool(signals))
+            if stop and not log_now:
+                check_finite(meter.means(step, team.sum), meter.last_logged, step)
             if end_of_epoch or stop:
                 write("last.pt", **meter.state(), optimizer=optimizer.state_dict(),
                       scaler=scaler.state_dict())
@@ -282,13 +283,16 @@ def run(config: argparse.Namespace) -> None:
         load_trained(model, read_checkpoint(out / "best.pt"), out / "best.pt")
         every_batch = ToDevice(loader(val_set, one_by_one, config.workers), device)
         constant = reference(tasks, every_batch, config.size)
-        write_json(out / "metrics.json", {**best, "reference": constant, **counts, "seed":
-                                          config.seed, "tree": name_tree(tree, config.tasks)})
+        write_json(out / "metrics.json", {
+            **best, "last": latest, "reference": constant, **counts, "seed": config.seed,
+            "tree": name_tree(tree, config.tasks), "dataset": config.dataset,
+            "flags": of_the_run["config"], "versions": VERSIONS})
         draw_samples(out / "predictions.png", predictor(model, amp), tasks, val_set, config.size,
                      device)
         draw_curves(out / "curves.png", out / "log.jsonl", tasks)
         print(f"best epoch {best['epoch']}: " + format_table(tasks, best, constant, config.size)
               + (f"\ndelta-m {best['delta_m']:+.2f} %" if baseline else "")
+              + f"\nlast epoch {latest['epoch']}: {format_line(tasks, latest)}"
               + f"\nwrote {out}/: metrics.json, predictions.png, curves.png, tree.json, best.pt, "
               "last.pt, log.jsonl")
     team.close()

@@ -4,6 +4,7 @@ import json
 import random
 import signal
 import tarfile
+from argparse import Namespace
 from contextlib import contextmanager
 from functools import partial
 
@@ -138,7 +139,8 @@ KINDS = {  # file name: (how it is written, how it is read, what a result withou
     "tree.json": (lambda p: p.write_text(json.dumps(TREE)), lambda p: read_tree(p, TASKS),
                   good_tree),
     "metrics.json": (lambda p: p.write_text(json.dumps(BASELINE)),
-                     lambda p: read_baseline([str(p)], make_tasks(TASKS, 6)), good_baseline),
+                     lambda p: read_baseline(Namespace(baseline=[str(p)], dataset="rooms"),
+                                             make_tasks(TASKS, 6)), good_baseline),
 }
 
 

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import cost
 import train
 from cost import ledger
+from grouping import routing
 from model import mtlora_net, tglora, tree_net
 from swin import build_swin
 from tglora import merge
@@ -47,6 +48,26 @@ def test_the_tree_equals_one_network_a_task():
                     module.lora_B[0].data = path.lora_B[group].data
         alone.decoders[task.name].load_state_dict(model.decoders[task.name].state_dict())
         torch.testing.assert_close(alone(x)[task.name], together[task.name], rtol=1e-4, atol=1e-5)
+
+
+def test_the_order_of_groups_in_a_tree_does_not_matter():
+    """As many groups as before, in another order: each task still follows its own."""
+    torch.manual_seed(1)
+    model, x = network([[(0,), (1,), (2,)]] * 4), torch.randn(1, 3, 56, 56)
+    before = model(x)
+    for i, stage in enumerate(model.backbone.layers):
+        if i % 2:  # the stages' adapters are reordered as their groups are
+            for module in stage.modules():
+                if hasattr(module, "lora_A"):
+                    for matrices in (module.lora_A, module.lora_B):
+                        values = [matrices[g].data.clone() for g in (2, 0, 1)]
+                        for g, value in enumerate(values):
+                            matrices[g].data = value
+    order = [[(0,), (1,), (2,)], [(2,), (0,), (1,)]] * 2
+    model.parents, group_of = routing(order)
+    model.group_of = dict(zip(model.group_of, group_of))
+    for name, pred in model(x).items():
+        torch.testing.assert_close(pred, before[name])
 
 
 def test_a_task_reaches_only_the_adapters_on_its_path():

@@ -8,11 +8,13 @@ import pytest
 from tools import table
 
 
-def write_run(folder, seed, **results):
+def write_run(folder, seed, dataset="rooms", **results):
     folder.mkdir(parents=True)
     metric = {"semseg": "mIoU", "depth": "rmse"}
-    (folder / "metrics.json").write_text(json.dumps({"seed": seed, "trainable": 1000, "results": {
-        task: {metric[task]: value} for task, value in results.items()}}))
+    best, last = ({"results": {task: {metric[task]: value * factor}
+                               for task, value in results.items()}} for factor in (1, 1.5))
+    (folder / "metrics.json").write_text(json.dumps(
+        {"seed": seed, "trainable": 1000, "dataset": dataset, "last": last, **best}))
 
 
 @pytest.fixture
@@ -56,3 +58,41 @@ def test_bad_baselines_are_refused(runs, tmp_path, content, message):
 def test_an_empty_folder_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="no .*METHOD/RUN/metrics.json"):
         table.main([str(tmp_path)])
+
+
+def test_the_last_epochs_can_be_compared(runs, capsys):
+    table.main([str(runs), "--last"])
+    head, _, ours = capsys.readouterr().out.splitlines()
+    assert head.split()[1] == "epoch" and ours.split()[1] == "last"
+    assert f"{0.575 * 1.5:.4f} +- " in ours
+
+
+def test_a_baseline_method_may_lack_a_task(runs, capsys):
+    """Single-task runs of one task alone: an error that names the other, not a trace."""
+    for seed in (0, 1):
+        (runs / f"single/{seed}-depth/metrics.json").unlink()
+    with pytest.raises(SystemExit, match="error: baseline: no rmse of depth"):
+        table.main([str(runs), "--baseline", "single"])
+    (runs / "single/0-semseg/metrics.json").unlink()
+    write_run(runs / "single/0-depth2", 0, depth=1.0)  # seed 0 has depth, seed 1 semseg
+    table.main([str(runs), "--baseline", "single"])
+    assert "tglora" in capsys.readouterr().out
+
+
+def test_two_runs_of_one_seed_are_refused(runs):
+    """They would count twice, and one of them not at all."""
+    write_run(runs / "tglora/again", 0, semseg=0.1, depth=0.1)
+    with pytest.raises(SystemExit, match="again.*tglora has depth, semseg of seed 0 already"):
+        table.main([str(runs)])
+
+
+def test_datasets_are_not_mixed(runs, tmp_path):
+    """Neither among the runs nor with a baseline's."""
+    path = tmp_path / "paper.json"
+    path.write_text(json.dumps({"dataset": "nyud", "results": {"semseg": {"mIoU": 0.5},
+                                                               "depth": {"rmse": 0.5}}}))
+    with pytest.raises(SystemExit, match="paper.json is of nyud, the runs of rooms"):
+        table.main([str(runs), "--baseline", str(path)])
+    write_run(runs / "tglora/2", 2, dataset="nyud", semseg=0.5, depth=0.9)
+    with pytest.raises(SystemExit, match="is of nyud, other runs are of rooms"):
+        table.main([str(runs)])

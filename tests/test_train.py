@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import eval
 import train
 from util.parallel import Team
 
+ROOT = Path(__file__).parent.parent
 # Two epochs of a small network on a few rooms: seconds.
 SMALL = ["--train-rooms", "8", "--val-rooms", "4", "--size", "56", "--rank", "6", "--epochs", "2",
          "--batch-size", "4", "--sim-images", "4", "--head-epochs", "1", "--dropout", "0.1",
@@ -168,14 +171,14 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(rooms_run, tmp_path, monkeyp
 
 
 class OneConvolution(torch.nn.Module):
-    """The least that train_step can train."""
+    """The least that train_step can train, for a task of one channel."""
 
-    def __init__(self):
+    def __init__(self, task="depth"):
         super().__init__()
-        self.conv = torch.nn.Conv2d(1, 1, 3, padding=1)
+        self.task, self.conv = task, torch.nn.Conv2d(1, 1, 3, padding=1)
 
     def forward(self, x):
-        return {"depth": self.conv(x)}
+        return {self.task: self.conv(x)}
 
 
 def test_accumulated_parts_give_the_gradient_of_the_whole_batch():
@@ -195,6 +198,78 @@ def test_accumulated_parts_give_the_gradient_of_the_whole_batch():
                                   None, Team(torch.device("cpu")))
         after.append((losses, net.conv.weight.detach()))
     torch.testing.assert_close(after[0], after[1])
+
+
+def saliency_batch():
+    """Four images, of which the first two are mostly salient, the others hardly."""
+    torch.manual_seed(0)
+    label = (torch.rand(4, 8, 8) < torch.tensor([0.9, 0.8, 0.1, 0.0])[:, None, None]).long()
+    label[0, :3] = 255
+    return torch.randn(4, 1, 8, 8), {"sal": label}
+
+
+def test_saliency_in_parts_has_the_gradient_of_the_whole_batch():
+    """Its balance is of the whole batch, though the parts differ much."""
+    after = []
+    for parts in (1, 2, 4):
+        torch.manual_seed(1)
+        net = OneConvolution("sal")
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        losses = train.train_step(net, train.make_tasks(["sal"], 6), optimizer, scaler,
+                                  *saliency_batch(), parts, 5.0, None, Team(torch.device("cpu")))
+        after.append((losses, net.conv.weight.detach()))
+    torch.testing.assert_close(after[1], after[0])
+    torch.testing.assert_close(after[2], after[0])
+
+
+@pytest.mark.parametrize("log_every, last_step", [("1", True), ("100", True), ("100", False)])
+def test_a_gradient_that_is_not_finite_is_never_saved(tmp_path, monkeypatch, log_every, last_step):
+    """With finite losses, on an epoch's last step or at a signal between log lines: an error; what
+    is on disk is of before, and the run goes on from there."""
+    step, count = train.train_step, [0]
+
+    def broken(model, *a):
+        count[0] += 1
+        p = next(p for p in model.parameters() if p.requires_grad)
+        if count[0] == (4 if last_step else 3):
+            hook = p.register_hook(lambda g: g * float("inf"))
+            if not last_step:
+                signal.raise_signal(signal.SIGTERM)
+            losses = step(model, *a)
+            hook.remove()
+            return losses
+        return step(model, *a)
+    flags = ["--out", tmp_path / "run", "--groups", "1,1,1,3", "--log-every", log_every]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", broken)
+        message = refused(*flags)
+    assert "the loss of semseg, depth, normals, or the gradient, is not finite between" in message
+    for name in ("last.pt", "best.pt"):
+        state = torch.load(tmp_path / "run" / name, weights_only=True)
+        assert state["step"] == 2
+        assert all(v.isfinite().all() for v in state["model"].values())
+    run(*flags, "--resume")
+
+
+def test_metrics_say_what_they_are_of(rooms_run):
+    """Dataset, flags, versions, seed; the best evaluation and the last one."""
+    metrics = json.loads((rooms_run / "metrics.json").read_text())
+    assert metrics["dataset"] == "rooms" and metrics["flags"]["rank"] == 6
+    assert metrics["versions"]["torch"] == torch.__version__
+    lines = [json.loads(line) for line in (rooms_run / "log.jsonl").read_text().splitlines()]
+    evaluations = [line for line in lines if "results" in line]
+    assert metrics["last"] == evaluations[-1] and metrics["last"]["epoch"] == 2
+    best = min(evaluations, key=lambda found: found["loss"])
+    assert metrics["epoch"] == best["epoch"] and metrics["results"] == best["results"]
+
+
+def test_a_baseline_of_another_dataset_is_refused(tmp_path):
+    """The paper's NYUD numbers say nothing about rooms; the shipped files say what they are of."""
+    message = refused("--out", tmp_path / "run", "--baseline", ROOT / "baselines/nyud.json")
+    assert "nyud.json is of nyud, not rooms" in message
+    message = refused("--out", tmp_path / "run", "--baseline", ROOT / "baselines/pascal.json")
+    assert "pascal.json is of pascal, not rooms" in message
 
 
 def test_schedule_and_decay():

@@ -17,18 +17,29 @@ from util.checkpoint import read_results
 from util.run import one_line_errors
 
 
-def collect(folder: Path) -> dict[str, dict[int, dict]]:
-    """{method: {seed: {"results": {task: {metric: value}}, "trainable": count}}}."""
-    methods = {}
+def collect(folder: Path, last: bool = False) -> tuple[dict[str, dict[int, dict]], str | None]:
+    """{method: {seed: {"results": {task: {metric: value}}, "trainable": count}}}, and the dataset.
+
+    last: of each run's last evaluation, as the published code reports, not of its best.
+    """
+    methods, dataset = {}, None
     for path in sorted(folder.glob("*/*/metrics.json")):
-        run = read_results(path)
-        seeds = methods.setdefault(path.parent.parent.name, {})
-        whole = seeds.setdefault(run.get("seed", 0), {"results": {}, "trainable": 0})
-        whole["results"] |= run["results"]
+        run, method = read_results(path), path.parent.parent.name
+        dataset = dataset or run.get("dataset")
+        if run.get("dataset") not in (dataset, None):
+            raise ValueError(f"{path} is of {run['dataset']}, other runs are of {dataset}")
+        seed = run.get("seed", 0)
+        whole = methods.setdefault(method, {}).setdefault(seed, {"results": {}, "trainable": 0})
+        results = run["last"]["results"] if last else run["results"]
+        twice = sorted(whole["results"].keys() & results.keys())
+        if twice:
+            raise ValueError(f"{path}: {method} has {', '.join(twice)} of seed {seed} already; keep "
+                             "one run of each seed and task")
+        whole["results"] |= results
         whole["trainable"] += run["trainable"]
     if not methods:
         raise ValueError(f"no {folder}/METHOD/RUN/metrics.json; see docs/RESULTS.md, A run of runs")
-    return methods
+    return methods, dataset
 
 
 def spread(values: list[float]) -> str:
@@ -37,17 +48,17 @@ def spread(values: list[float]) -> str:
     return f"{mean:.4f}" + (f" +- {statistics.stdev(values):.4f}" if len(values) > 1 else "")
 
 
-def format_rows(methods: dict, baseline: dict | None) -> str:
+def format_rows(methods: dict, baseline: dict | None, epoch: str = "best") -> str:
     """The table as text. baseline: {task: {metric: value}}, None leaves delta-m out."""
     names = list(dict.fromkeys(name for seeds in methods.values() for run in seeds.values()
                                for name in run["results"]))
     tasks = make_tasks(names, 1)
-    rows = [["method", "seeds", "trained"]
+    rows = [["method", "epoch", "seeds", "trained"]
             + [f"{t.name} {t.metric} {'up' if t.higher_is_better else 'down'}" for t in tasks]
             + (["delta-m %"] if baseline else [])]
     for method, seeds in methods.items():
         runs = list(seeds.values())
-        row = [method, str(len(runs)), f"{runs[0]['trainable']:,}"]
+        row = [method, epoch, str(len(runs)), f"{runs[0]['trainable']:,}"]
         for task in tasks:
             values = [run["results"][task.name][task.metric] for run in runs
                       if task.name in run["results"]]
@@ -61,24 +72,33 @@ def format_rows(methods: dict, baseline: dict | None) -> str:
                      for row in rows)
 
 
-def find_baseline(name: str, methods: dict) -> dict:
+def find_baseline(name: str, methods: dict, dataset: str | None) -> dict:
     """A file's results, or the means over the seeds of a method."""
     if name not in methods:
-        return read_results(Path(name))["results"]
-    runs = [run["results"] for run in methods[name].values()]
-    return {task: {metric: statistics.mean(run[task][metric] for run in runs) for metric in values}
-            for task, values in runs[0].items()}
+        found = read_results(Path(name))
+        if dataset and found.get("dataset", dataset) != dataset:
+            raise ValueError(f"--baseline {name} is of {found['dataset']}, the runs of {dataset}")
+        return found["results"]
+    values = {}  # {task: {metric: its value in each run}}
+    for run in methods[name].values():
+        for task, metrics in run["results"].items():
+            for metric, value in metrics.items():
+                values.setdefault(task, {}).setdefault(metric, []).append(value)
+    return {task: {metric: statistics.mean(found) for metric, found in metrics.items()}
+            for task, metrics in values.items()}
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="holds METHOD/RUN/metrics.json")
     parser.add_argument("--baseline", help="a METHOD in it, or a JSON file, for delta-m")
+    parser.add_argument("--last", action="store_true",
+                        help="compare last epochs, as the published code does, not best ones")
     args = parser.parse_args(argv)
     with one_line_errors():
-        methods = collect(args.folder)
-        baseline = find_baseline(args.baseline, methods) if args.baseline else None
-        print(format_rows(methods, baseline))
+        methods, dataset = collect(args.folder, args.last)
+        baseline = find_baseline(args.baseline, methods, dataset) if args.baseline else None
+        print(format_rows(methods, baseline, "last" if args.last else "best"))
 
 
 if __name__ == "__main__":
