@@ -38,8 +38,9 @@ class SharedProductLinear(TGLoRALinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (G*B, ..., k), the shared group first -> (G*B, ..., d)."""
-        x = x.unflatten(0, (len(self.ranks), -1))  # (G, B, ..., k)
-        return self.outputs(x[0], self.drop(x[0]), x[1:])  # the tasks' input is not dropped
+        G = len(self.ranks)
+        shared, tasks = x.unflatten(0, (G, -1)).split((1, G - 1))  # (1, B, ..., k), (T, B, ..., k)
+        return self.outputs(shared[0], self.drop(shared[0]), tasks)  # tasks' input is not dropped
 
     def outputs(self, shared: Tensor, dropped: Tensor, tasks: Tensor) -> Tensor:
         """shared, dropped (B, ..., k); tasks (T, B, ..., k) -> (G*B, ..., d)."""
