@@ -26,7 +26,7 @@ import cost
 from data import ToDevice, loader, open_dataset, warp
 from tools.export import export_backbone, export_merged
 from util.checkpoint import load_run
-from util.pictures import draw_photo
+from util.report import draw_photos, format_table
 from util.run import amp_dtype, one_line_errors, pick_device
 
 Predict = Callable[[Tensor], dict[str, Tensor]]  # image (B, 3, H, W) -> {task: prediction}
@@ -122,33 +122,6 @@ def reference(tasks: list, batches: Iterable, size: tuple[int, int] | None) -> d
     return evaluate(predict, tasks, batches, size)["results"]
 
 
-def format_line(tasks: list, found: dict) -> str:
-    """The validation loss and the compared metrics, and delta-m where there is one, in a line."""
-    metrics = [f"{task.name} {task.metric} {found['results'][task.name][task.metric]:.4f}"
-               for task in tasks]
-    if "delta_m" in found:
-        metrics.append(f"delta-m {found['delta_m']:+.2f} %")
-    return f"validation loss {found['loss']:.4f}  {'  '.join(metrics)}"
-
-
-def format_table(tasks: list, found: dict, reference: dict, size: tuple[int, int] | None) -> str:
-    """`evaluate`'s answer, a line a metric, beside the best constant's; the compared is starred."""
-    where = f"at {size[0]}x{size[1]}" if size else "at their own size"
-    rows = [f"{found['images']} images {where}, loss {found['loss']:.4f}",
-            f"{'task':<13}{'metric':<12}{'result':>9}{'constant':>10}{'valid pixels':>18}"]
-    for task in tasks:
-        pixels, nan = found["pixels"][task.name], found["nan"][task.name]
-        for metric, value in found["results"][task.name].items():
-            row = f"{task.name:<13}{metric:<12}{value:>9.4f}{reference[task.name][metric]:>10.4f}"
-            if metric == task.metric:
-                row += f" {'*up' if task.higher_is_better else '*down':<5}{pixels:>12,}"
-            rows.append(row)
-        if nan:
-            rows.append(f"{task.name:<13}the prediction is not a number (NaN) at {nan:,} of "
-                        f"{pixels:,} valid pixels, and so are the metrics")
-    return "\n".join(rows)
-
-
 # --- the command ----------------------------------------------------------------------------------
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="With --cost, all "
@@ -190,12 +163,7 @@ def evaluate_checkpoint(args: argparse.Namespace) -> str:
     predict = predictor(model.to(device), amp_dtype(config.amp, device))
     size = None if args.native else config.size
     if args.image:
-        paths = [args.checkpoint.with_name(photo.stem + ".predicted.png") for photo in args.image]
-        if len(set(paths)) < len(paths):
-            raise ValueError("--image: two photos have the same name, and so would their pictures; "
-                             "give them one at a time, or rename one")
-        for photo, path in zip(args.image, paths):
-            draw_photo(photo, path, predict, tasks, size, device)
+        paths = draw_photos(args.image, args.checkpoint.parent, predict, tasks, size, device)
         return "\n".join(f"wrote {path}" for path in paths)
     dataset = open_dataset(config, "val")
     batches = ToDevice(loader(dataset, [[i] for i in range(len(dataset))], config.workers), device)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from cost import ledger
 from data import (CLASSES, ToDevice, draw_augmentation, epoch_batches, loader, open_dataset, warp)
-from eval import evaluate, format_line, format_table, predictor, reference
+from eval import evaluate, predictor, reference
 from grouping import Partition, build_tree, format_tree, name_tree, read_tree
 from model import build
 from recipes import parse_arguments, read_baseline, tree_without_choice
@@ -33,7 +33,7 @@ from tasks import delta_m, make_tasks
 from util.checkpoint import (VERSIONS, check_out, check_space, fingerprint, load_trained, open_log,
                              read_checkpoint, save, trained_state, write_json)
 from util.parallel import Team
-from util.pictures import draw_curves, draw_samples
+from util.report import draw_curves, draw_samples, format_line, format_table
 from util.run import LossMeter, amp_dtype, one_line_errors, pick_device, progress, stop_signals
 
 

@@ -162,7 +162,7 @@ def test_what_is_trained_beside_the_adapters():
 
 
 def test_task_outputs_leave_the_shared_adapter_out():
-    """Layer by layer, eq. 2: W x_0 + b of the shared input, and gamma B_g A_g x_g of the group's own;
+    """Layer by layer, eq. 2: W x_0 + b of the shared input, gamma B_g A_g x_g of the group's own;
     where groups begin, at the projection, all inputs are the shared one."""
     last = fill(network()).backbone.layers[1].blocks[1]
     for layer, k in ((last.attn.proj, 32), (last.mlp.fc1, 32), (last.mlp.fc2, 128)):
@@ -199,7 +199,7 @@ def test_merged_equals_unmerged(method):
 
 
 def test_a_layer_without_adapters_shares_its_product():
-    """`--without mlp.fc1`: every group gets W x_0 + b there, nothing of it is trained; it trains."""
+    """`--without mlp.fc1`: every group gets W x_0 + b there, nothing of it is trained."""
     config = SimpleNamespace(method="mtlora", rank=6, dropout=0.1, without=["mlp.fc1", "attn.proj"])
     model = fill(mtlora_net(build_swin("mini", embed_dim=16), make_tasks(NAMES, 6), SHARED, config))
     fc1, x = model.backbone.layers[0].blocks[1].mlp.fc1, torch.randn(8, 5, 16)

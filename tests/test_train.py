@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import stopped_after_an_epoch
+from PIL import Image
 
 import eval
 import train
 from util.parallel import Team
+from util.report import MARGIN, PANEL, draw_curves
 
 ROOT = Path(__file__).parent.parent
 # Two epochs of a small network on a few rooms: seconds.
@@ -55,9 +57,37 @@ def test_a_run_leaves_what_the_readme_says(rooms_run):
     assert [line["step"] for line in lines if "loss" in line and "lr" in line] == [1, 2, 3, 4]
     assert [line["epoch"] for line in lines if "results" in line] == [1, 2]
     assert (rooms_run / "predictions.png").stat().st_size > 1000
+    assert (rooms_run / "curves.png").stat().st_size > 1000
     best = torch.load(rooms_run / "best.pt", weights_only=True)
     names = [k for k in best["model"] if k.startswith("backbone.")]
     assert names and all("lora_" in k for k in names)  # the frozen backbone stays in its own file
+
+
+def test_curves_show_losses_and_metrics(tmp_path):
+    """A column a task, loss above metric: from the upper left, down where the loss falls, up where
+    the metric rises; what is not a number is left out."""
+    lines = [{"step": s, "lr": 1, "loss": {"depth": 4.0 - s, "sal": 1.0}} for s in (1, 2, 3)]
+    lines += [{"step": s, "results": {"depth": {"rmse": r}, "sal": {"mIoU": m}}}
+              for s, r, m in ((2, 0.7, float("nan")), (3, 0.9, 0.5))]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    draw_curves(tmp_path / "curves.png", tmp_path / "log.jsonl",
+                train.make_tasks(["depth", "sal"], 6))
+    picture = np.array(Image.open(tmp_path / "curves.png")).astype(int)
+    (width, height), blue = PANEL, (picture[..., 2] - picture[..., 0]) > 100
+    assert picture.shape == (2 * (height + 2 * MARGIN), 2 * (width + 2 * MARGIN), 3)
+
+    def curve(row, column):
+        top, left = row * (height + 2 * MARGIN), column * (width + 2 * MARGIN)
+        panel = blue[top:top + height + 2 * MARGIN, left:left + width + 2 * MARGIN]
+        ys, xs = np.nonzero(panel)
+        return [(x - MARGIN, y - MARGIN) for x, y in
+                ((xs.min(), ys[xs == xs.min()].mean()), (xs.max(), ys[xs == xs.max()].mean()))]
+
+    for (row, column), expected in {
+            (0, 0): [(width / 3, 0), (width, height)],
+            (0, 1): [(width / 3, height), (width, height)],
+            (1, 0): [(width * 2 / 3, height), (width, 0)], (1, 1): [(width, height)] * 2}.items():
+        np.testing.assert_allclose(curve(row, column), expected, atol=4)
 
 
 def test_evaluation_of_a_checkpoint_repeats_the_runs_numbers(rooms_run, capsys):

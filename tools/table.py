@@ -33,8 +33,8 @@ def collect(folder: Path, last: bool = False) -> tuple[dict[str, dict[int, dict]
         results = run["last"]["results"] if last else run["results"]
         twice = sorted(whole["results"].keys() & results.keys())
         if twice:
-            raise ValueError(f"{path}: {method} has {', '.join(twice)} of seed {seed} already; keep "
-                             "one run of each seed and task")
+            raise ValueError(f"{path}: {method} has {', '.join(twice)} of seed {seed} already; "
+                             "keep one run of each seed and task")
         whole["results"] |= results
         whole["trainable"] += run["trainable"]
     if not methods:
