@@ -15,8 +15,10 @@ References: arXiv 2509.19602, sections 3.3 and 4.4.
 import json
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import combinations
+from itertools import combinations, zip_longest
+from operator import itemgetter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -38,6 +40,11 @@ def best_partition(sim: np.ndarray, num_groups: int) -> Partition:
     Of equal partitions, the first wins that keeps early tasks together. Raises ValueError unless
     1 <= num_groups <= T.
     """
+    return best_partitions(sim, num_groups, 1)[0]
+
+
+def best_partitions(sim: np.ndarray, num_groups: int, how_many: int) -> list[Partition]:
+    """The `how_many` best of them, or as many as there are, best first; see `best_partition`."""
     sim = np.asarray(sim, dtype=float)
     T = len(sim)
     if sim.shape != (T, T) or not np.isfinite(sim).all():
@@ -54,24 +61,26 @@ def best_partition(sim: np.ndarray, num_groups: int) -> Partition:
         return sum(both_ways[t][u] for t, u in combinations(group, 2)) / (len(group) - 1)
 
     @lru_cache(maxsize=None)
-    def best(tasks: tuple[int, ...], num_groups: int) -> tuple[float, tuple]:
-        """(score, groups) of the best split of `tasks` into `num_groups`."""
+    def best(tasks: tuple[int, ...], num_groups: int) -> list[tuple[float, tuple]]:
+        """(score, groups) of the best splits of `tasks` into `num_groups`."""
         if num_groups == 1:
-            return affinity(tasks), (tasks,)
+            return [(affinity(tasks), (tasks,))]
         first, rest = tasks[:1], tasks[1:]
-        top = -np.inf, ()
+        top = []
         for size in range(len(rest) - num_groups + 1, -1, -1):  # how many join the first task
             joining = combinations(rest, size)
             # In the opposite order, combinations list what each choice leaves.
             leaving = reversed(list(combinations(rest, len(rest) - size)))
             for joined, left in zip(joining, leaving):
-                score_left, groups_left = best(left, num_groups - 1)
-                total = affinity(first + joined) + score_left  # eq. 6
-                if total > top[0]:
-                    top = total, (first + joined, *groups_left)
+                for score_left, groups_left in best(left, num_groups - 1):
+                    total = affinity(first + joined) + score_left  # eq. 6
+                    if len(top) < how_many or total > top[-1][0]:
+                        top.append((total, (first + joined, *groups_left)))
+                        top.sort(key=itemgetter(0), reverse=True)  # stable: the first of equals
+                        del top[how_many:]
         return top
 
-    return list(best(tuple(range(T)), num_groups)[1])
+    return [list(groups) for _, groups in best(tuple(range(T)), num_groups)]
 
 
 def merge_groups(partition: Partition, sim: np.ndarray, num_groups: int) -> Partition:
@@ -84,10 +93,14 @@ def merge_groups(partition: Partition, sim: np.ndarray, num_groups: int) -> Part
         raise ValueError(f"{len(partition)} groups cannot be merged into {num_groups}")
     partition = list(partition)
     while len(partition) > num_groups:
-        candidates = (sorted([g for g in partition if g not in (a, b)] + [tuple(sorted(a + b))])
-                      for a, b in combinations(partition, 2))
-        partition = max(candidates, key=lambda p: score(p, sim))  # max keeps the first of equals
+        partition = max(merged_pairs(partition), key=lambda p: score(p, sim))  # the first of equals
     return partition
+
+
+def merged_pairs(partition: Partition) -> list[Partition]:
+    """What `partition` becomes when two of its groups are merged, each two in turn."""
+    return [sorted([g for g in partition if g not in (a, b)] + [tuple(sorted(a + b))])
+            for a, b in combinations(partition, 2)]
 
 
 def build_tree(sim: np.ndarray, groups_per_stage: Sequence[int]) -> list[Partition]:
@@ -106,6 +119,66 @@ def build_tree(sim: np.ndarray, groups_per_stage: Sequence[int]) -> list[Partiti
     return tree
 
 
+# --- how sure a tree is ---------------------------------------------------------------------------
+class Choice(NamedTuple):
+    """How sure a stage's partition is: see `stability`."""
+
+    decided: bool
+    agreement: float  # share of the resamples with the same partition
+
+    def __str__(self) -> str:
+        share = f"{100 * self.agreement:.0f} % of resamples agree"
+        return share if self.decided else f"undecided: {share}"
+
+
+def next_best(tree: Sequence[Partition], stage: int, sim: np.ndarray) -> Partition | None:
+    """What the search would have taken, had there not been tree[stage]; None without a choice.
+
+    In the last stage the second best partition. Earlier, Algorithm 1's best end when it begins
+    with any other pair: for one merge, the pair that scores second.
+    """
+    chosen = tree[stage]
+    if stage == len(tree) - 1:
+        others = best_partitions(sim, len(chosen), 2)
+    else:
+        others = [merge_groups(p, sim, len(chosen)) for p in merged_pairs(tree[stage + 1])
+                  if len(p) >= len(chosen)]
+    return max((p for p in others if p != chosen), key=lambda p: score(p, sim), default=None)
+
+
+def stability(tree: Sequence[Partition], samples: np.ndarray,
+              resamples: int = 200) -> list[Choice | None]:
+    """For each stage of build_tree(mean of `samples`), how sure its partition is.
+
+    samples: (N, T, T), each example's similarities, NaN where it says nothing of a pair. A
+    bootstrap over examples: N are drawn with replacement, the same draws whenever N is the same,
+    and the tree is built again from their mean. `agreement` is the share of draws that give the
+    stage the same partition. It is `decided` when its score leads that of the next best by more
+    than two standard errors of the lead, its deviation over the draws (one would call decided what
+    other images and decoders change, on five tasks of rooms in a seed of ten); never where a pair
+    has a single example. None for a stage that had no choice.
+    """
+    N, known = len(samples), ~np.isnan(samples)
+    sim = np.nansum(samples, 0) / known.sum(0)
+    times = np.random.default_rng(0).multinomial(N, np.full(N, 1 / N), resamples)  # (draws, N)
+    counts = np.tensordot(times, known, 1)  # (draws, T, T)
+    sims = np.tensordot(times, np.nan_to_num(samples), 1) / counts.clip(1)
+    sims = np.where(counts, sims, sim)  # a pair that a draw has no example of keeps its mean
+    trees = [build_tree(s, [len(partition) for partition in tree]) for s in sims]
+    found = []
+    for stage, chosen in enumerate(tree):
+        other = next_best(tree, stage, sim)
+        if other is None:
+            found.append(None)
+            continue
+        leads = [score(chosen, s) - score(other, s) for s in (sim, *sims)]
+        error = np.std(leads[1:]) if known.sum(0).min() > 1 else np.inf
+        found.append(Choice(bool(leads[0] > 2 * error),
+                            float(np.mean([t[stage] == chosen for t in trees]))))
+    return found
+
+
+# --- trees: checked, followed, written ------------------------------------------------------------
 def check_tree(tree: Sequence[Partition], num_tasks: int) -> None:
     """Raise ValueError unless every stage covers all tasks once and lies inside the one before."""
     for i, partition in enumerate(tree, 1):
@@ -141,11 +214,14 @@ def routing(tree: Sequence[Partition]) -> tuple[list[list[int]], list[list[int]]
              for task in tasks])
 
 
-def format_tree(tree: Sequence[Partition], names: Sequence[str]) -> str:
-    """The tree as text, a line a stage: `stage 3   {semseg, depth} {normals}`."""
-    return "\n".join(
-        f"stage {i}   " + " ".join("{" + ", ".join(names[t] for t in g) + "}" for g in partition)
-        for i, partition in enumerate(tree, 1))
+def format_tree(tree: Sequence[Partition], names: Sequence[str],
+                choices: Sequence[Choice | None] = ()) -> str:
+    """The tree as text, a line a stage: `stage 3   {semseg, depth} {normals}   98 % of ...`."""
+    lines = []
+    for i, (partition, choice) in enumerate(zip_longest(tree, choices), 1):
+        groups = " ".join("{" + ", ".join(names[t] for t in g) + "}" for g in partition)
+        lines.append(f"stage {i}   {groups}" + (f"   {choice}" if choice else ""))
+    return "\n".join(lines)
 
 
 def name_tree(tree: Sequence[Partition], names: Sequence[str]) -> list[list[list[str]]]:

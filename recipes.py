@@ -25,8 +25,8 @@ COMMON = dict(
     weight_decay=0.05,      # section 7; not on 1-D weights and bias tables
     clip=5.0,               # norm of the gradient; the published MTLoRA's
     accumulate=1,           # parts that a batch is computed in
-    head_lr=1e-3,           # of the decoders before the similarity; ours, as is normalize
-    normalize="elementwise",
+    head_lr=2e-3,           # of the decoders before the similarity, at first; ours
+    normalize="none",       # eq. 2 as printed, the plain cosine
     log_every=10,           # steps
 )
 PAPER = dict(               # nyud and pascal, as in sections 4 and 7
@@ -40,7 +40,7 @@ PAPER = dict(               # nyud and pascal, as in sections 4 and 7
     epochs=300,             # 20 of them warm-up
     eval_every=20,          # epochs
     sim_images=200,         # ours: the paper names no number
-    head_epochs=10,         # ours, likewise
+    head_epochs=20,         # ours, likewise; on kept maps they cost what 10 with a backbone do
     flip=True,              # half of the images
     cache=False,            # decoded images of a whole dataset fill the memory
     workers=min(4, os.cpu_count()),  # decoding keeps up with a GPU
@@ -61,8 +61,8 @@ RECIPES = {
         batch_size=8,       # images a step
         lr=2e-3,            # few steps, so large ones
         eval_every=1,
-        sim_images=32,
-        head_epochs=4,
+        sim_images=128,     # with 32, and 4 epochs, no two seeds gave five tasks the same tree
+        head_epochs=6,
         flip=True,
         scales="1",         # a zoom would only blur pictures this small
         rotate=0.0,         # degrees
@@ -167,8 +167,9 @@ def make_parser(dataset: str, shared: argparse.ArgumentParser) -> argparse.Argum
     add("--tree", help="use the tree in this file (tree.json of a run), whatever --groups says")
     add("--sim-images", type=int, help="the subset, for decoders and gradients alike")
     add("--head-epochs", type=int, help="epochs that train the decoders on the subset")
-    add("--head-lr", type=float, help="their learning rate")
-    add("--normalize", choices=("elementwise", "none"), help="of eq. 2")
+    add("--head-lr", type=float, help="their learning rate at first; it falls to 0")
+    add("--normalize", choices=("none", "elementwise"), help="of eq. 2")
+    add("--tree-only", action="store_true", help="end when the tree is known, before any training")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=int, help="passes over the training images")

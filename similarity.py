@@ -1,95 +1,194 @@
 """How similar are two tasks? The mean cosine of their gradients on the shared backbone.
 
-Decoders are first trained for a while on the frozen backbone, because gradients through random
-ones say little (section 4.4). Then, example by example, each task's loss is differentiated with
-respect to all backbone weights, and the gradients are compared (eq. 1-3):
+Decoders are first trained on the frozen backbone, because gradients through random ones say little
+(section 4.4). Then, example by example, each task's loss is differentiated with respect to all
+backbone weights, and the gradients of every two tasks are compared (eq. 1-3):
 
-    sim(t, t') = 1/N  sum_i  cos( g / (|g| + |g'|), g' / (|g| + |g'|) )
+    sim(t, t') = 1/N  sum_i  cos( g / (||g|| + ||g'||), g' / (||g|| + ||g'||) )
 
-Eq. 2 prints the norm ||g|| there, by which the fraction would change nothing: a cosine ignores
-scale. The measure it cites (Task2Vec, arXiv 1902.03545, 3.3) divides element by element, which
-keeps a few large weights from deciding alone; that is the default, "none" is the plain cosine.
+which is the plain cosine: it ignores scale. As a mean over examples it has a standard error, and
+what differs by less is noise: `task_similarity` returns both, and the examples' own values.
 
-Shapes: B batch, T tasks, P backbone parameters.
-References: arXiv 2509.19602, sections 3.1 and 4.4.
+    fresh_decoders(model, seed)
+    finetune_decoders(model, tasks, load, batches, lr)
+    print(format_similarity(task_similarity(model, tasks, examples), names))
+
+`model` has a `backbone` (image -> maps) and `decoders`, by task ((maps, (H, W)) -> prediction);
+a task has `name`, `weight`, `loss(prediction, label)` and `valid(label)`.
+Shapes: B batch, N examples, T tasks, H W pixels, h w c of a map, P backbone parameters.
+References: arXiv 2509.19602, sections 3.1 and 4.4; Task2Vec, arXiv 1902.03545, section 3.3.
 """
 
-from collections.abc import Iterable
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+MEMORY = 4 * 2 ** 30  # bytes of maps and labels that `finetune_decoders` keeps at most
 
-def gradient_similarity(g: Tensor, g_other: Tensor, normalize: str = "elementwise") -> Tensor:
-    """Similarity of two flat gradients (P,), -1 to 1 (eq. 2); normalize: "elementwise" | "none"."""
+
+class Similarity(NamedTuple):
+    """Of every pair of tasks, symmetric; `samples` holds eq. 2 of each example, NaN where the
+    example is not labelled for both."""
+
+    mean: np.ndarray     # (T, T), eq. 3; ones on the diagonal
+    error: np.ndarray    # (T, T), the mean's standard error; NaN of a single example
+    count: np.ndarray    # (T, T), examples labelled for both
+    samples: np.ndarray  # (N, T, T)
+
+
+# --- eq. 2 ----------------------------------------------------------------------------------------
+def gradient_similarity(g: Tensor, g_other: Tensor, normalize: str = "none") -> Tensor:
+    """Similarity of two flat gradients (P,), -1 to 1 (eq. 2); 0 where one of them is 0.
+
+    normalize: "none" is eq. 2 as printed. "elementwise" divides each entry by |g| + |g'| of its
+    own, as Task2Vec does: what counts is then how many weights agree, not how large they are. A
+    weight without any true gradient (a key's bias: softmax ignores it) would count in full with
+    its rounding errors, so entries below float32's eps times their gradient's largest are 0.
+    """
     if normalize == "elementwise":
+        g, g_other = (torch.where(x.abs() < torch.finfo(x.dtype).eps * x.abs().max(), 0, x)
+                      for x in (g, g_other))
         scale = g.abs() + g_other.abs()
-        scale = torch.where(scale > 0, scale, 1.0)  # where both are 0, both stay 0
+        scale = torch.where(scale > 0, scale, 1)  # where both are 0, both stay 0
         g, g_other = g / scale, g_other / scale
     elif normalize != "none":
         raise ValueError(f"normalize: expected elementwise or none, got {normalize!r}")
-    dot, square, square_other = ((a * b).sum(dtype=torch.float64)  # millions of small terms
+    # torch.sum adds pairwise: float32 does, for millions of small terms too.
+    dot, square, square_other = ((a * b).sum().double()
                                  for a, b in ((g, g_other), (g, g), (g_other, g_other)))
-    return dot / (square * square_other).sqrt().clamp(min=1e-30)
+    return dot / (square * square_other).sqrt().clamp(min=1e-60)
 
 
-def finetune_decoders(model: nn.Module, tasks: list, batches: Iterable, lr: float) -> None:
-    """Train the decoders of `model` on its frozen backbone, one step a batch of (image, labels)."""
-    optimizer = torch.optim.AdamW(model.decoders.parameters(), lr=lr)
-    model.train()
-    model.backbone.requires_grad_(False).eval()  # no drop path either
-    for image, labels in batches:
-        predictions = model(image)
-        loss = sum(task.weight * task.loss(predictions[task.name], labels[task.name])
-                   for task in tasks)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+# --- decoders -------------------------------------------------------------------------------------
+@contextmanager
+def as_found(model: nn.Module) -> Iterator[None]:
+    """Afterwards modules are in train or eval mode, and weights require gradients, as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    wanted = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for p, requires_grad in wanted:
+            p.requires_grad_(requires_grad)
 
 
-def task_similarity(model: nn.Module, tasks: list, examples: Iterable,
-                    normalize: str = "elementwise") -> np.ndarray:
-    """Mean similarity of every pair of tasks over `examples` of (image (1, 3, H, W), labels).
+def fresh_decoders(model: nn.Module, seed: int) -> None:
+    """Initialise each task's decoder anew, by (seed, its name): the tasks' order plays no part."""
+    for name, decoder in model.decoders.items():
+        torch.manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+        for module in decoder.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+
+
+def frozen_maps(backbone: nn.Module, load: Callable, batches: Sequence[list[int]],
+                amp: torch.dtype | None = None) -> Iterator[tuple]:
+    """Of each of `batches`, its images' maps, four (B, h, w, c), its labels and its (H, W).
+
+    A frozen backbone's maps never change. They are computed once, in the type `amp`, and kept with
+    the labels, on the images' device; where that takes more than MEMORY, again for each batch.
+    """
+    def compute(batches: Sequence[list[int]]) -> Iterator[tuple]:
+        for image, labels in load(batches):
+            with torch.no_grad(), torch.autocast(image.device.type, amp, amp is not None):
+                maps = [x.to(amp or x.dtype) for x in backbone(image)]
+            yield maps, labels, image.shape[2:]
+
+    N, B = 1 + max(map(max, batches)), len(batches[0])
+    kept = []
+    for maps, labels, size in compute([list(range(i, min(i + B, N))) for i in range(0, N, B)]):
+        kept.append((maps, labels))
+        if sum(x.nbytes for x in (*maps, *labels.values())) * N / len(maps[0]) > MEMORY:
+            yield from compute(batches)
+            return
+    stages, labels = zip(*kept)
+    stages = [torch.cat(stage) for stage in zip(*stages)]  # four (N, h, w, c)
+    labels = {name: torch.cat([part[name] for part in labels]) for name in labels[0]}
+    for batch in batches:
+        yield [x[batch] for x in stages], {k: v[batch] for k, v in labels.items()}, size
+
+
+def finetune_decoders(model: nn.Module, tasks: Sequence, load: Callable,
+                      batches: Sequence[list[int]], lr: float,
+                      amp: torch.dtype | None = None) -> None:
+    """Train the decoders of `model` on its frozen backbone, a step for each of `batches`.
+
+    batches: lists of indices of examples, all steps of all epochs; load(batches) yields each one's
+    (image (B, 3, H, W), labels). The learning rate falls linearly to 0: the last steps' noise
+    would be a part of every example's gradient. amp: autocast's type, if any.
+    """
+    with as_found(model):
+        model.eval().requires_grad_(False)  # no drop path
+        model.decoders.train().requires_grad_(True)
+        optimizer = torch.optim.AdamW(model.decoders.parameters(), lr=lr, fused=True)
+        for step, (maps, labels, size) in enumerate(
+                frozen_maps(model.backbone, load, batches, amp)):
+            optimizer.param_groups[0]["lr"] = lr * (1 - step / len(batches))
+            with torch.autocast(maps[0].device.type, amp, amp is not None):
+                loss = sum(task.weight * task.loss(model.decoders[task.name](maps, size),
+                                                   labels[task.name]) for task in tasks)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+
+# --- eq. 3 ----------------------------------------------------------------------------------------
+def task_similarity(model: nn.Module, tasks: Sequence, examples: Iterable,
+                    normalize: str = "none") -> Similarity:
+    """Similarity of every pair of tasks over `examples` of (image (1, 3, H, W), labels).
 
     Dropout and drop path are off and BatchNorm uses its running statistics, so an example's
     gradient depends on it alone. An example counts for a pair when both tasks have valid pixels.
-    One flat gradient (P,) a task is in memory, whatever N is. Returns (T, T) float64, symmetric,
-    ones on the diagonal. Raises ValueError when a pair of tasks shares no labelled example.
+    One flat gradient (P,) a task is in memory, whatever N is. Raises ValueError when a pair of
+    tasks shares no labelled example.
     """
-    T = len(tasks)
-    total, count = np.zeros((T, T)), np.zeros((T, T))
-    model.eval()
-    shared = list(model.backbone.requires_grad_(True).parameters())
-    for image, labels in examples:
-        predictions = model(image)
-        gradients = []
-        for task in tasks:
-            label = labels[task.name]
-            if not task.valid(label).any():
-                gradients.append(None)
-                continue
-            loss = task.loss(predictions[task.name], label)
-            parts = torch.autograd.grad(loss, shared, retain_graph=True)
-            gradients.append(torch.cat([g.flatten() for g in parts]))  # (P,)
-        for t in range(T):
-            for u in range(t, T):
-                if gradients[t] is not None and gradients[u] is not None:
-                    s = 1.0 if t == u else gradient_similarity(
-                        gradients[t], gradients[u], normalize).item()
-                    total[[t, u], [u, t]] = total[t, u] + s
-                    count[[t, u], [u, t]] = count[t, u] + 1
-    model.backbone.requires_grad_(False)
+    T, samples = len(tasks), []
+    with as_found(model):
+        model.eval().requires_grad_(False)
+        shared = list(model.backbone.requires_grad_(True).parameters())
+        g = torch.empty(T, sum(p.numel() for p in shared), device=shared[0].device)  # (T, P)
+        for image, labels in examples:
+            predictions = model(image)
+            labelled = [t for t in range(T) if tasks[t].valid(labels[tasks[t].name]).any()]
+            for t in labelled:
+                loss = tasks[t].loss(predictions[tasks[t].name], labels[tasks[t].name])
+                parts = torch.autograd.grad(loss, shared, retain_graph=True,
+                                            materialize_grads=True)  # of unused weights, 0
+                torch.cat([part.flatten() for part in parts], out=g[t])
+            sample = np.full((T, T), np.nan)
+            for t in labelled:
+                sample[t, t] = 1
+                for u in labelled[:labelled.index(t)]:
+                    sample[t, u] = sample[u, t] = gradient_similarity(g[t], g[u], normalize)
+            samples.append(sample)
+    samples = np.array(samples).reshape(-1, T, T)
+    count = (~np.isnan(samples)).sum(0)
     for t, u in np.argwhere(count == 0):
         raise ValueError(f"similarity: no example has valid labels for both {tasks[t].name} and "
-                         f"{tasks[u].name}; use more images (--sim-images) or give --tree FILE")
-    return total / count
+                         f"{tasks[u].name}")
+    mean = np.nansum(samples, 0) / count  # eq. 3
+    with np.errstate(invalid="ignore"):  # 0 / 0 of a single example
+        error = np.sqrt(np.nansum((samples - mean) ** 2, 0) / (count - 1) / count)
+    return Similarity(mean, error, count, samples)
 
 
-def format_similarity(sim: np.ndarray, names: list[str]) -> str:
-    """The matrix as text, one row a task."""
-    width = max(map(len, names)) + 2
-    head = " " * width + "".join(f"{name:>{width}}" for name in names)
-    rows = (f"{name:<{width}}" + "".join(f"{s:>{width}.4f}" for s in row)
-            for name, row in zip(names, sim))
-    return "\n".join([head, *rows])
+def format_similarity(found: Similarity, names: Sequence[str]) -> str:
+    """Mean +- standard error, a row a task; then the counts, where they differ between pairs."""
+    T = len(names)
+    tables = {"": [["1" if t == u else f"{found.mean[t, u]:.4f} +- {found.error[t, u]:.4f}"
+                    for u in range(T)] for t in range(T)]}
+    if len(set(found.count[~np.eye(T, dtype=bool)])) > 1:
+        tables["examples"] = [[str(n) for n in row] for row in found.count]
+    margin, lines = max(map(len, ["examples", *names])), []
+    for head, cells in tables.items():
+        width = max(map(len, [*names, *sum(cells, [])])) + 2
+        lines += [f"{name:<{margin}}" + "".join(f"{cell:>{width}}" for cell in row)
+                  for name, row in zip([head, *names], [names, *cells])]
+    return "\n".join(lines)

@@ -3,6 +3,7 @@
     python train.py                                          # rooms: rendered, no downloads
     python train.py --dataset nyud --data-root data          # NYUD-v2, the paper's recipe
     python train.py --dataset nyud --data-root data --resume # go on where it stopped
+    python train.py --dataset nyud --data-root data --tree-only  # similarities and tree alone
 
 `run` reads from top to bottom as a run goes: settings, data, similarity and tree, the network,
 epochs, table and pictures. Every knob is in recipes.py. Shuffling, augmentation and dropout of a
@@ -25,10 +26,10 @@ from torch import Tensor, nn
 from cost import ledger
 from data import (CLASSES, ToDevice, draw_augmentation, epoch_batches, loader, open_dataset, warp)
 from eval import evaluate, predictor, reference
-from grouping import Partition, build_tree, format_tree, name_tree, read_tree
+from grouping import Partition, build_tree, format_tree, name_tree, read_tree, stability
 from model import build
 from recipes import parse_arguments, read_baseline, tree_without_choice
-from similarity import finetune_decoders, format_similarity, task_similarity
+from similarity import finetune_decoders, format_similarity, fresh_decoders, task_similarity
 from tasks import delta_m, make_tasks
 from util.checkpoint import (VERSIONS, check_out, check_space, fingerprint, load_trained, open_log,
                              read_checkpoint, save, trained_state, write_json)
@@ -39,30 +40,41 @@ from util.run import LossMeter, amp_dtype, one_line_errors, pick_device, progres
 
 # --- the tree -------------------------------------------------------------------------------------
 def compute_tree(config: argparse.Namespace, tasks: list, dataset,
-                 device: torch.device) -> tuple[list[Partition], list]:
+                 device: torch.device) -> tuple[list[Partition], list, dict]:
     """Train decoders on the frozen backbone, compare gradients, group the tasks (3.1, 3.3, 4.4).
 
-    Returns the tree and the (T, T) similarities.
+    Returns the tree, how sure each of its stages is, and what tree.json says of the similarities.
     """
     everything = [tuple(range(len(tasks)))]  # one group: the features are the same for all
     plain = argparse.Namespace(**{**vars(config), "method": "decoders"})
     model = build(plain, tasks, [everything] * len(config.groups)).to(device)
     subset = epoch_batches(len(dataset), len(dataset), 1, config.seed)[0][:config.sim_images]
-    print(f"similarity: decoders trained on {len(subset)} images for {config.head_epochs} epochs, "
-          f"then gradients of {len(subset)} examples", flush=True)
-    batches = [[subset[i] for i in batch] for batch in
-               epoch_batches(len(subset), config.batch_size, config.head_epochs, config.seed)]
+    N = len(subset)
+    print(f"similarity: decoders trained on {N} images for {config.head_epochs} epochs, "
+          f"then gradients of {N} examples", flush=True)
 
-    def plain_batches(batches: list[list[int]]) -> Iterator[tuple[Tensor, dict]]:
-        for batch in ToDevice(loader(dataset, batches, config.workers), device):
+    def load(batches: Sequence[list[int]]) -> Iterator[tuple[Tensor, dict]]:
+        own = [[subset[i] for i in batch] for batch in batches]
+        for batch in ToDevice(loader(dataset, own, config.workers), device):
             yield warp(batch, config.size)  # not augmented
 
-    torch.manual_seed(config.seed)
-    finetune_decoders(model, tasks, plain_batches(batches), config.head_lr)
-    one_by_one = [[i] for i in subset]
-    sim = task_similarity(model, tasks, plain_batches(one_by_one), config.normalize)
-    print(format_similarity(sim, config.tasks))
-    return build_tree(sim, config.groups), sim.tolist()
+    amp = amp_dtype(config.amp, device)
+    fresh_decoders(model, config.seed)
+    finetune_decoders(model, tasks, load,
+                      epoch_batches(N, config.batch_size, config.head_epochs, config.seed),
+                      config.head_lr, amp if amp is torch.bfloat16 else None)  # fp16 overflows
+    try:
+        found = task_similarity(model, tasks, load([[i] for i in range(N)]), config.normalize)
+    except ValueError as error:
+        raise ValueError(f"{error}; use more images (--sim-images) or give --tree FILE") from error
+    print(format_similarity(found, config.tasks))
+    tree = build_tree(found.mean, config.groups)
+    resamples = 200 if len(tasks) <= 10 else 20  # each is a search, of seconds for 15 tasks
+    choices = stability(tree, found.samples, resamples)
+    return tree, choices, {
+        "similarity": found.mean.tolist(), "count": found.count.tolist(),
+        "standard_error": [[None if math.isnan(e) else e for e in row] for row in found.error],
+        "choices": [choice and choice._asdict() for choice in choices]}
 
 
 # --- optimisation ---------------------------------------------------------------------------------
@@ -140,16 +152,6 @@ def train_step(model: nn.Module, tasks: list, optimizer: torch.optim.Optimizer,
     return torch.where(losses.isfinite().all() & ~norm.isfinite(), math.nan, losses)
 
 
-def check_finite(losses: dict[str, float], last_logged: int, step: int) -> None:
-    """Raises ValueError where a loss or a gradient since the last log line was not finite."""
-    bad = [name for name, loss in losses.items() if not math.isfinite(loss)]
-    if bad:
-        gradient = ", or the gradient," if len(bad) == len(losses) else ""
-        raise ValueError(f"the loss of {', '.join(bad)}{gradient} is not finite between steps "
-                         f"{last_logged} and {step}; the checkpoints are from before. Try a lower "
-                         "--lr or --amp off")
-
-
 def quality(found: dict) -> float:
     """Of an evaluation, higher is better: delta-m where a baseline was given, else minus the loss.
     """
@@ -187,13 +189,19 @@ def run(config: argparse.Namespace) -> None:
     val_batches = ToDevice(loader(val_set, team.share(one_by_one), config.workers), device)
 
     # Similarity and tree: computed where nothing else says what it is.
-    similarity = None
+    choices, similarity = (), {"similarity": None}
     if resumed:
         tree = resumed["tree"]
     elif tree is None:
-        tree, similarity = team.tell(
+        tree, choices, similarity = team.tell(
             compute_tree(config, tasks, train_set, device) if team.leads else None)
-    print(format_tree(tree, config.tasks), flush=True)
+    print(format_tree(tree, config.tasks, choices), flush=True)
+    if team.leads and not resumed:
+        write_json(out / "tree.json", {"tasks": config.tasks, **similarity,
+                                       "tree": name_tree(tree, config.tasks)})
+    if config.tree_only:
+        team.close()
+        return
 
     # The network and what trains it.
     model = build(config, tasks, tree).to(device)
@@ -208,9 +216,6 @@ def run(config: argparse.Namespace) -> None:
     scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
     if team.leads:
         check_space(out, model)
-        if not resumed:
-            write_json(out / "tree.json", {"tasks": config.tasks, "similarity": similarity,
-                                           "tree": name_tree(tree, config.tasks)})
     step, best, latest = 0, None, None  # evaluations
     if resumed:
         load_trained(model, resumed, out / "last.pt")
@@ -245,7 +250,6 @@ def run(config: argparse.Namespace) -> None:
             log_now = step % config.log_every == 0 or end_of_epoch
             if log_now:
                 losses = meter.means(step, team.sum)
-                check_finite(losses, meter.last_logged, step)
                 line = {"step": step, "epoch": epoch, "lr": lr, "loss": losses}
                 log.write(json.dumps(line) + "\n")
                 progress(meter.line(losses, step, num_steps, batch_size), end_of_epoch)
@@ -269,7 +273,7 @@ def run(config: argparse.Namespace) -> None:
             # Each epoch, and when told to stop: save for --resume. Processes agree where they log.
             stop = signals and team.size == 1 or log_now and team.any(bool(signals))
             if stop and not log_now:
-                check_finite(meter.means(step, team.sum), meter.last_logged, step)
+                meter.means(step, team.sum)  # which raises where something is not finite
             if end_of_epoch or stop:
                 write("last.pt", **meter.state(), optimizer=optimizer.state_dict(),
                       scaler=scaler.state_dict())

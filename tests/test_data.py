@@ -165,6 +165,95 @@ def test_augmentation_draws_what_it_says():
     assert not draw_augmentation(50, flip=False, scales=(1.0,), rotate=0.0)["flip"].any()
 
 
+def test_cuts_are_anywhere_in_the_image():
+    """Off-centre to all four sides, x apart from y, as far as the zoom allows; flips apart too."""
+    torch.manual_seed(0)
+    drawn = draw_augmentation(400, flip=True, scales=(0.8, 2.0), rotate=20.0)
+    centre, zoomed = drawn["centre"], drawn["scale"] > 1
+    assert (centre[~zoomed] == 0).all()
+    for axis in centre[zoomed].T:
+        assert axis.min() < -0.45 and axis.max() > 0.45 and axis.mean().abs() < 0.1
+        assert (axis.abs() < 0.25).float().mean() == pytest.approx(0.5, abs=0.1)  # evenly
+    together = torch.stack([*centre[zoomed].T, drawn["angle"][zoomed], drawn["flip"][zoomed]])
+    assert (together.corrcoef() - torch.eye(4)).abs().max() < 0.25
+
+
+@pytest.mark.parametrize("centre, x, y", [
+    ((0.5, 0.0), 75, 30), ((-0.5, 0.0), 25, 30), ((0.0, 0.5), 50, 45), ((0.2, -0.5), 60, 15)])
+def test_a_cut_is_where_its_centre_says(centre, x, y):
+    """Depth that is the pixel's place: the middle of the cut, x to the right and y down."""
+    there = torch.stack([torch.arange(100.0).expand(60, 100),
+                         torch.arange(60.0)[:, None].expand(60, 100)]) + 0.5
+    for value, expected in zip(there, (x, y)):
+        room = {"image": torch.zeros(3, 60, 100, dtype=torch.uint8), "depth": value[None]}
+        _, labels = warped(room, (30, 50), scale=[2.0], centre=[centre])
+        assert labels["depth"].mean().item() * 2 == pytest.approx(expected, abs=0.6)
+
+
+def warp_plainly(sample, size, flip, zoom, centre, angle):
+    """`warp` of one sample, pixel by pixel: where it comes from, and what is there.
+
+    Points of the picture are complex numbers, x to the right and i up. What stood at z, seen from
+    the middle of the cut, stands in the cut at mirror(z * e^(i angle)) * zoom.
+    """
+    H, W = sample["image"].shape[1:]
+    h, w = size
+    turn = np.exp(1j * np.deg2rad(angle))
+    middle = W / 2 * (1 + centre[0]) - 1j * (H / 2 * (1 + centre[1]))
+    found = {"image": np.zeros((3, h, w)), "semseg": np.full((h, w), 255),
+             "depth": np.zeros((1, h, w)), "normals": np.zeros((3, h, w))}
+    clear = np.ones((h, w), bool)  # where rounding cannot have chosen another pixel
+    for i in range(h):
+        for j in range(w):
+            z = ((j + 0.5) / w - 0.5) * W - 1j * ((i + 0.5) / h - 0.5) * H
+            z = (-z.conjugate() if flip else z) / zoom / turn + middle
+            x, y = z.real, -z.imag
+            clear[i, j] = min(abs(v - round(v)) for v in (x, y)) > 1e-3
+            if not (0 <= x <= W and 0 <= y <= H):
+                continue
+            r, c = min(int(y), H - 1), min(int(x), W - 1)  # nearest
+            found["semseg"][i, j] = sample["semseg"][r, c]
+            found["depth"][:, i, j] = sample["depth"][:, r, c] / zoom
+            nx, ny, nz = sample["normals"][:, r, c]
+            n = complex(nx, -ny) * turn
+            n = -n.conjugate() if flip else n
+            found["normals"][:, i, j] = n.real, -n.imag, nz
+            x, y = min(max(x - 0.5, 0), W - 1), min(max(y - 0.5, 0), H - 1)  # bilinear
+            c, r = min(int(x), W - 2), min(int(y), H - 2)
+            for row, share in ((r, 1 - (y - r)), (r + 1, y - r)):
+                found["image"][:, i, j] += share * (
+                    (1 - (x - c)) * sample["image"][:, row, c]
+                    + (x - c) * sample["image"][:, row, c + 1])
+            found["image"][:, i, j] = (found["image"][:, i, j] / 255 - (0.485, 0.456, 0.406)) / (
+                0.229, 0.224, 0.225)
+    return found, clear
+
+
+def test_the_warp_equals_a_plain_one():
+    """Of random draws for a padded batch: image, classes, depth and normals, pixel by pixel."""
+    rng = np.random.default_rng(0)
+    samples = []
+    for H, W in ((31, 41), (37, 29)) * 3:
+        n = rng.normal(size=(3, H, W))
+        samples.append({"image": rng.integers(256, size=(3, H, W)).astype(np.uint8),
+                        "semseg": rng.integers(40, size=(H, W)).astype(np.uint8),
+                        "depth": rng.uniform(1, 5, (1, H, W)).astype(np.float32),
+                        "normals": (n / np.linalg.norm(n, axis=0)).astype(np.float32)})
+    torch.manual_seed(3)
+    drawn = draw_augmentation(6, flip=True, scales=(0.75, 1.0, 1.5), rotate=20.0)
+    assert {0.75, 1.5} <= set(drawn["scale"].tolist()) and 0 < drawn["flip"].sum() < 6
+    batch = collate([{k: torch.from_numpy(v) for k, v in sample.items()} for sample in samples])
+    image, labels = warp(batch, (24, 36), **drawn)
+    for b, sample in enumerate(samples):
+        sample = {k: v.astype(float) for k, v in sample.items()}
+        expected, clear = warp_plainly(sample, (24, 36), *(drawn[k][b].numpy() for k in (
+            "flip", "scale", "centre", "angle")))
+        assert clear.mean() > 0.98
+        for name, value in {"image": image, **labels}.items():
+            np.testing.assert_allclose(value[b].numpy()[..., clear], expected[name][..., clear],
+                                       atol=2e-3 if name == "image" else 1e-5, err_msg=name)
+
+
 def test_batches_depend_on_seed_and_epoch_alone():
     """Every image once an epoch, another order the next; workers change nothing."""
     batches = epoch_batches(10, 3, 2, seed=5)

@@ -66,17 +66,42 @@ image, labels = team.share(image), {{"depth": team.share(depth)}}
 losses = team.sum(train.train_step(team.wrap(net), train.make_tasks(["depth"], 6), optimizer,
                                    scaler, image, labels, 1, 1e9, None, team))
 print("answer", *losses.tolist(), *net.conv.weight.flatten().tolist())
+
+image = torch.randn(4, 3, 2, 2) * torch.tensor([1., 2, 3]).view(3, 1, 1) + 5
+image[1::2] += 1  # one process's images are brighter
+net = torch.nn.Sequential(torch.nn.BatchNorm2d(3))
+trained = team.wrap(net)
+for _ in range(2):
+    (trained(team.share(image)) ** 3).mean().backward()
+norm = net[0]
+print("norm", *norm.running_mean.tolist(), *norm.running_var.tolist(), *norm.weight.grad.tolist(),
+      *norm.bias.grad.tolist(), norm.num_batches_tracked.item())
 team.close()
 """
 
 
-def test_a_step_of_two_processes_is_that_of_one(tmp_path):
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory):
+    """What ONE_STEP prints in one process and in two."""
+    path = tmp_path_factory.mktemp("step") / "step.py"
+    path.write_text(ONE_STEP.format(root=str(ROOT), tests=str(ROOT / "tests")))
+    return [shell(command, path) for command in (ONE, TWO)]
+
+
+def test_a_step_of_two_processes_is_that_of_one(steps):
     """Plain SGD, so that a gradient of another size would show (Adam hides it): the mean over all
     valid pixels, though one process has fewer of them."""
-    path = tmp_path / "step.py"
-    path.write_text(ONE_STEP.format(root=str(ROOT), tests=str(ROOT / "tests")))
-    one, two = (re.search("answer (.*)", shell(command, path))[1].split() for command in (ONE, TWO))
+    one, two = (re.search("answer (.*)", text)[1].split() for text in steps)
     torch.testing.assert_close(torch.tensor([*map(float, two)]), torch.tensor([*map(float, one)]))
+
+
+def test_batchnorm_of_two_processes_is_pytorchs_on_the_whole_batch(steps):
+    """Running mean and unbiased variance with momentum 0.1, gradients, and the count of steps; 16
+    numbers a channel, so that n / (n - 1) shows."""
+    one, two = (torch.tensor([*map(float, re.search("norm (.*)", text)[1].split())])
+                for text in steps)
+    assert len(one) == 13 and one[-1] == 2
+    torch.testing.assert_close(two, one)
 
 
 def test_metrics_of_two_processes_are_exactly_those_of_one(runs):

@@ -3,6 +3,7 @@
 Nothing here knows of networks or data; train.py, eval.py and the tools share it.
 """
 
+import math
 import resource
 import signal
 import sys
@@ -80,8 +81,17 @@ class LossMeter:
         self.last_logged = state["since"]
 
     def means(self, step: int, sum_all: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Each task's mean loss, summed over the processes. Waits for the GPU."""
+        """Each task's mean loss, summed over the processes. Waits for the GPU.
+
+        Raises ValueError where a loss, or a gradient (train_step), was not finite.
+        """
         means = (sum_all(self.sums) / (step - self.last_logged)).tolist()
+        bad = [name for name, mean in zip(self.names, means) if not math.isfinite(mean)]
+        if bad:
+            gradient = ", or the gradient," if len(bad) == len(means) else ""
+            raise ValueError(f"the loss of {', '.join(bad)}{gradient} is not finite between steps "
+                             f"{self.last_logged} and {step}; the checkpoints are from before. Try "
+                             "a lower --lr or --amp off")
         return dict(zip(self.names, means))
 
     def line(self, losses: dict[str, float], step: int, num_steps: int, batch_size: int) -> str:

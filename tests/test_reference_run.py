@@ -1,0 +1,248 @@
+"""TGLoRA on one page: four steps of `python train.py`, once more and plainly.
+
+Each task walks alone through its own layers W x + b + 4 B A drop(x): no groups are folded, nothing
+is shared but the weights themselves. Losses, eq. 8, clipping, AdamW, schedule, BatchNorm, dropout
+and stochastic depth are written out from their formulas, numbers included. Of our code it takes the
+data (tests/test_data.py has another warp), the windows of attention and the starting weights.
+"""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train
+from data import CLASSES, Rooms, collate, draw_augmentation, warp
+from model import build
+from swin import from_windows, relative_position_index, shift_mask, to_windows
+from tasks import make_tasks
+
+TASKS = ["semseg", "depth", "normals"]
+WEIGHT = {"semseg": 1, "depth": 1, "normals": 10}
+TREE = [[(0, 1, 2)], [(0, 2), (1,)], [(0, 2), (1,)], [(0,), (1,), (2,)]]  # of tasks, by number
+SIZE, ROOMS, BATCH, EPOCHS, SEED = (56, 84), 6, 3, 2, 5
+DROPOUT, DROP_PATH = 0.1, 0.4
+PEAK, WARMUP, DECAY, CLIP = 2e-3, 0.4, 2, 2
+FLAGS = ["--size", "56x84", "--train-rooms", "6", "--val-rooms", "2", "--batch-size", "3",
+         "--epochs", "2", "--eval-every", "2", "--seed", "5", "--tasks", ",".join(TASKS),
+         "--dropout", "0.1", "--drop-path", "0.4", "--lr", "2e-3", "--warmup", "0.4",
+         "--weight-decay", "2", "--clip", "2", "--scales", "0.8,1,1.3", "--rotate", "15",
+         "--flip", "--rank", "6", "--log-every", "1", "--device", "cpu"]
+HEADS, BLOCKS, WINDOW = (2, 4, 8, 16), 2, 7  # the backbone "mini": 2 blocks in each of 4 stages
+LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")  # have an adapter a group
+
+
+# --- the network ----------------------------------------------------------------------------------
+def keep(shape, rate):
+    """1 / (1 - rate) where a number is kept, 0 where it is dropped."""
+    return torch.empty(shape).bernoulli_(1 - rate) / (1 - rate)
+
+
+def draw_masks():
+    """All that is random in a step's forward pass, in the order in which the program draws it.
+
+    {(stage, block, layer): (G, B, ...)}, for all groups of a stage at once.
+    """
+    masks, (H, W) = {}, (SIZE[0] // 4, SIZE[1] // 4)
+    for s in range(4):
+        G, C = len(TREE[s]), 32 * 2 ** s
+        windows = math.ceil(H / WINDOW) * math.ceil(W / WINDOW)
+        for b in range(BLOCKS):
+            rate = DROP_PATH * (s * BLOCKS + b) / (4 * BLOCKS - 1)  # the deeper, the more
+            for half, shapes in (("attn", [(windows, WINDOW ** 2, C)] * 2),
+                                 ("mlp", [(H, W, C), (H, W, 4 * C)])):
+                for layer, shape in zip([n for n in LAYERS if half in n], shapes):
+                    masks[s, b, layer] = keep((G, BATCH, *shape), DROPOUT)
+                # An image loses the whole update, or nothing.
+                masks[s, b, half] = keep((G, BATCH, 1, 1, 1), rate) if rate else torch.ones(G, 1)
+        H, W = math.ceil(H / 2), math.ceil(W / 2)
+    return masks
+
+
+def predict(p, task, image, masks=None):
+    """One task's prediction; p: all parameters by name; masks: None in evaluation."""
+    maps = []
+    x = F.conv2d(image, p["backbone.patch_embed.proj.weight"], p["backbone.patch_embed.proj.bias"],
+                 stride=4).permute(0, 2, 3, 1)  # (B, H, W, C)
+    x = norm(p, "backbone.patch_embed.norm", x)
+    for s in range(4):
+        group = next(g for g, members in enumerate(TREE[s]) if TASKS.index(task) in members)
+        for b in range(BLOCKS):
+            name = f"backbone.layers.{s}.blocks.{b}."
+
+            def lora(layer, x):
+                """Eq. 4 for one group: W x + bias + gamma B A drop(x), gamma = 4."""
+                A, B = p[f"{name}{layer}.lora_A.{group}"], p[f"{name}{layer}.lora_B.{group}"]
+                thinned = x if masks is None else x * masks[s, b, layer][group]
+                return x @ p[f"{name}{layer}.weight"].T + p[f"{name}{layer}.bias"] + (
+                    4 * thinned @ A.T @ B.T)
+
+            def drop_path(half, update):
+                return update if masks is None else update * masks[s, b, half][group]
+
+            table = p[name + "attn.relative_position_bias_table"]
+            x = x + drop_path("attn", attention(norm(p, name + "norm1", x), lora, table, HEADS[s],
+                                                shifted=b % 2 == 1))
+            hidden = F.gelu(lora("mlp.fc1", norm(p, name + "norm2", x)))
+            x = x + drop_path("mlp", lora("mlp.fc2", hidden))
+        if s < 3:
+            x = merge_patches(p, f"backbone.layers.{s}.downsample.", x)
+        maps.append(x)
+    return decode(p, f"decoders.{task}.", maps, training=masks is not None)
+
+
+def norm(p, name, x):
+    return F.layer_norm(x, x.shape[-1:], p[name + ".weight"], p[name + ".bias"])
+
+
+def attention(x, lora, table, heads, shifted):
+    """Windows of 7x7 tokens, displaced by 3 in every second block (where there are several)."""
+    B, H, W, C = x.shape
+    x = F.pad(x, (0, 0, 0, -W % WINDOW, 0, -H % WINDOW))
+    Hp, Wp = x.shape[1:3]
+    shift = tuple(3 if shifted and n > WINDOW else 0 for n in (Hp, Wp))
+    x = to_windows(x.roll((-shift[0], -shift[1]), (1, 2)), WINDOW)  # (B, N, L, C)
+    q, k, v = (part.unflatten(-1, (heads, -1)).transpose(2, 3)  # (B, N, h, L, C/h)
+               for part in lora("attn.qkv", x).chunk(3, -1))
+    logits = q @ k.mT / math.sqrt(C // heads) + table[relative_position_index(WINDOW)].movedim(2, 0)
+    if any(shift):
+        logits = logits + shift_mask(Hp, Wp, WINDOW, shift, x.device)[:, None]
+    x = lora("attn.proj", (logits.softmax(-1) @ v).transpose(2, 3).flatten(3))
+    return from_windows(x, WINDOW, Hp, Wp).roll(shift, (1, 2))[:, :H, :W]
+
+
+def merge_patches(p, name, x):
+    x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+    four = [x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
+    return norm(p, name + "norm", torch.cat(four, -1)) @ p[name + "reduction.weight"].T
+
+
+def decode(p, name, maps, training):
+    """Four 1x1 convolutions to the first map's size; 1x1 convolution, BatchNorm, ReLU, and one."""
+    fused = [(x @ p[f"{name}fuse.{i}.weight"][:, :, 0, 0].T).permute(0, 3, 1, 2)
+             for i, x in enumerate(maps)]
+    x = torch.cat([F.interpolate(x, fused[0].shape[2:], mode="bilinear") for x in fused], 1)
+    x = F.conv2d(x, p[name + "head.0.weight"], p[name + "head.0.bias"])
+    mean, var = p[name + "head.1.running_mean"], p[name + "head.1.running_var"]
+    if training:
+        now, n = x.mean((0, 2, 3)), x.numel() // x.shape[1]
+        spread = (x - now[:, None, None]).square().mean((0, 2, 3))
+        with torch.no_grad():
+            mean.copy_(0.9 * mean + 0.1 * now)
+            var.copy_(0.9 * var + 0.1 * spread * n / (n - 1))
+        mean, var = now, spread
+    x = (x - mean[:, None, None]) / (var[:, None, None] + 1e-5).sqrt()
+    x = x * p[name + "head.1.weight"][:, None, None] + p[name + "head.1.bias"][:, None, None]
+    x = F.conv2d(x.relu(), p[name + "head.3.weight"], p[name + "head.3.bias"])
+    return F.interpolate(x, SIZE, mode="bilinear")
+
+
+# --- a step ---------------------------------------------------------------------------------------
+def loss_of(task, pred, label):
+    """The mean over valid pixels."""
+    if task == "semseg":  # -log of the true class's probability
+        valid = label != 255
+        log_p = pred.log_softmax(1).gather(1, label.masked_fill(~valid, 0)[:, None])[:, 0]
+        return -log_p[valid].mean()
+    if task == "depth":  # L1, in metres
+        return (pred - label)[label > 0].abs().mean()
+    unit = pred / pred.norm(dim=1, keepdim=True)  # normals: L1 between unit vectors
+    valid = label.norm(dim=1) > 0.5
+    return (unit - label).movedim(1, -1)[valid].abs().mean()
+
+
+def learning_rate(step, steps):
+    """Linear to the peak, then half a cosine to 0."""
+    ramp = WARMUP * steps
+    if step < ramp:
+        return PEAK * (step + 1) / (ramp + 1)
+    return PEAK * (1 + math.cos(math.pi * (step - ramp) / (steps - ramp))) / 2
+
+
+def adamw(p, names, moments, step, lr):
+    """Clip the gradients' norm, all together; decay apart from the gradient, matrices alone."""
+    total = math.sqrt(sum(p[n].grad.double().square().sum().item() for n in names))
+    for n in names:
+        g = p[n].grad * min(1, CLIP / total)
+        m, v = moments.setdefault(n, (torch.zeros_like(g), torch.zeros_like(g)))
+        m += 0.1 * (g - m)
+        v += 0.001 * (g * g - v)
+        with torch.no_grad():
+            if p[n].ndim > 1 and "bias_table" not in n:
+                p[n] *= 1 - lr * DECAY
+            p[n] -= lr * (m / (1 - 0.9 ** step)) / ((v / (1 - 0.999 ** step)).sqrt() + 1e-8)
+        p[n].grad = None
+    return total
+
+
+def reference(p, trained):
+    """Train p in place; the losses of each step, the gradients' norms and the validation loss."""
+    rooms = [Rooms("train", TASKS, ROOMS, SIZE)[i] for i in range(ROOMS)]
+    orders = [np.random.Generator(np.random.PCG64([SEED, e])).permutation(ROOMS).reshape(-1, BATCH)
+              for e in range(EPOCHS)]
+    steps, moments, log, norms = np.concatenate(orders), {}, [], []
+    for step, chosen in enumerate(steps):
+        torch.manual_seed(SEED * 1_000_003 + step)
+        drawn = draw_augmentation(BATCH, flip=True, scales=(0.8, 1, 1.3), rotate=15)
+        image, labels = warp(collate([rooms[i] for i in chosen]), SIZE, **drawn)
+        torch.manual_seed(SEED * 1_000_003 + step)
+        masks = draw_masks()
+        losses = {t: loss_of(t, predict(p, t, image, masks), labels[t]) for t in TASKS}
+        sum(WEIGHT[t] * losses[t] for t in TASKS).backward()  # eq. 8
+        norms.append(adamw(p, trained, moments, step + 1, learning_rate(step, len(steps))))
+        log.append({t: loss.item() for t, loss in losses.items()})
+    with torch.no_grad():
+        val = [warp(collate([room]), SIZE) for room in (Rooms("val", TASKS, 2, SIZE)[i]
+                                                        for i in range(2))]
+        found = sum(WEIGHT[t] * loss_of(t, predict(p, t, image), labels[t]).item() / 2
+                    for t in TASKS for image, labels in val)
+    return log, norms, found
+
+
+# --- the comparison -------------------------------------------------------------------------------
+@pytest.fixture
+def in_double(monkeypatch):
+    """float64 everywhere: what is left of a difference is no rounding, which Adam would enlarge.
+    In one thread, as a busy machine is slow with many small steps in several."""
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    yield
+    torch.set_default_dtype(torch.float32)
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("layers", ["attn+mlp", "attn+mlp+others"])
+def test_a_run_is_the_reference(layers, tmp_path, in_double):
+    """The same losses, learning rates, validation loss and change of every trained weight."""
+    path = tmp_path / "tree.json"
+    path.write_text(json.dumps({"tree": [[[TASKS[t] for t in g] for g in s] for s in TREE]}))
+    flags = [*FLAGS, "--layers", layers, "--tree", str(path)]
+    model = build(train.parse_arguments(flags), make_tasks(TASKS, CLASSES["rooms"]), TREE)
+    p = dict(model.state_dict(keep_vars=True))
+    others = ("patch_embed", "downsample", "norm1", "norm2", "bias_table")
+    trained = [n for n, _ in model.named_parameters() if "lora_" in n or n.startswith("decoders.")
+               or "others" in layers and any(o in n for o in others)]
+    assert trained == [n for n, q in model.named_parameters() if q.requires_grad]
+    start = {n: q.detach().clone() for n, q in p.items()}
+
+    train.main([*flags, "--out", str(tmp_path / "run")])
+    log, norms, validation = reference(p, trained)
+
+    assert min(norms) > CLIP and max(norms) > 1.3 * min(norms)  # or Adam would hide the clipping
+    lines = [json.loads(x) for x in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    for step, (line, losses) in enumerate(zip(lines[:4], log, strict=True)):
+        assert line["lr"] == pytest.approx(learning_rate(step, 4))
+        assert line["loss"] == pytest.approx(losses, rel=1e-6)
+    assert lines[4]["loss"] == pytest.approx(validation, rel=1e-6)
+
+    found = torch.load(tmp_path / "run/last.pt", weights_only=True)["model"]
+    assert found.keys() >= set(trained)
+    for n in found.keys() - {f"decoders.{t}.head.1.num_batches_tracked" for t in TASKS}:
+        torch.testing.assert_close(found[n], p[n], rtol=1e-6, atol=1e-8, msg=n)
+        # BatchNorm takes the bias before it away again: that alone has no gradient.
+        assert n.endswith("head.0.bias") or (p[n] - start[n]).abs().max() > 1e-5
