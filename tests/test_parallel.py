@@ -55,7 +55,7 @@ import sys
 sys.path[:0] = [{root!r}, {tests!r}]
 import torch, train
 from util.parallel import Team
-from test_train import OneConvolution
+from test_train import OneConvolution, saliency_batch
 torch.manual_seed(0)
 image, depth = torch.randn(4, 1, 8, 8), torch.rand(4, 1, 8, 8) + 1
 depth[0, :, 2:] = 0  # one process sees fewer valid pixels
@@ -66,6 +66,14 @@ image, labels = team.share(image), {{"depth": team.share(depth)}}
 losses = team.sum(train.train_step(team.wrap(net), train.make_tasks(["depth"], 6), optimizer,
                                    scaler, image, labels, 1, 1e9, None, team))
 print("answer", *losses.tolist(), *net.conv.weight.flatten().tolist())
+
+net = OneConvolution("sal")
+optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+image, labels = saliency_batch()
+losses = team.sum(train.train_step(team.wrap(net), train.make_tasks(["sal"], 6), optimizer, scaler,
+                                   team.share(image), {{"sal": team.share(labels["sal"])}}, 1, 1e9,
+                                   None, team))
+print("saliency", *losses.tolist(), *net.conv.weight.flatten().tolist())
 
 image = torch.randn(4, 3, 2, 2) * torch.tensor([1., 2, 3]).view(3, 1, 1) + 5
 image[1::2] += 1  # one process's images are brighter
@@ -92,6 +100,12 @@ def test_a_step_of_two_processes_is_that_of_one(steps):
     """Plain SGD, so that a gradient of another size would show (Adam hides it): the mean over all
     valid pixels, though one process has fewer of them."""
     one, two = (re.search("answer (.*)", text)[1].split() for text in steps)
+    torch.testing.assert_close(torch.tensor([*map(float, two)]), torch.tensor([*map(float, one)]))
+
+
+def test_saliency_is_balanced_over_all_processes(steps):
+    """Its classes weigh as in the whole batch, though the processes' shares differ."""
+    one, two = (re.search("saliency (.*)", text)[1].split() for text in steps)
     torch.testing.assert_close(torch.tensor([*map(float, two)]), torch.tensor([*map(float, one)]))
 
 

@@ -318,7 +318,8 @@ def test_the_matrix_is_printed_in_columns():
                                   samples)
     for names in (["a", "b", "c"], ["semseg", "a_task_with_a_long_name", "sal"]):
         lines = format_similarity(found, names).splitlines()
-        assert len(lines) == 8 and len(set(map(len, lines[:4]))) == len(set(map(len, lines[4:]))) == 1
+        assert len(lines) == 8
+        assert len(set(map(len, lines[:4]))) == len(set(map(len, lines[4:]))) == 1
         assert lines[1].split()[:5] == [names[0], "1", f"{found.mean[0, 1]:.4f}", "+-", "0.0121"]
         assert lines[5].split() == [names[0], *map(str, found.count[0])]
     assert len(format_similarity(found._replace(count=np.full((3, 3), 9)), names).splitlines()) == 4
