@@ -90,9 +90,9 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.op
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     """Linear to `peak` over the first share `warmup` of the steps, then a half cosine to 0."""
-    ramp = warmup * steps
+    ramp = warmup * steps  # steps before the peak
     if step < ramp:
-        return peak * (step + 1) / (ramp + 1)
+        return peak * (step + 1) / (ramp + 1)  # the first step is not lost at rate 0
     return peak * 0.5 * (1 + math.cos(math.pi * (step - ramp) / (steps - ramp)))
 
 
@@ -111,12 +111,13 @@ def training_batches(config: argparse.Namespace, dataset, batches: Sequence[list
     own = [team.share(batch) for batch in batches[start:]]
     loaded = ToDevice(loader(dataset, own, config.workers), team.device)
     for step, batch in enumerate(loaded, start):
-        seed = config.seed * 1_000_003 + step
+        seed = config.seed * 1_000_003 + step  # seeds of two runs do not meet
         torch.manual_seed(seed)
+        # For all images, so that a process draws what one alone would.
         drawn = draw_augmentation(len(batches[step]), config.flip, config.scales, config.rotate)
         drawn = {name: team.share(values) for name, values in drawn.items()}
         image, labels = warp(batch, config.size, **drawn)
-        torch.manual_seed(seed + 7919 * team.rank)
+        torch.manual_seed(seed + 7919 * team.rank)  # every process drops others
         yield image, labels
 
 
@@ -141,11 +142,11 @@ def train_step(model: nn.Module, tasks: list, optimizer: torch.optim.Optimizer,
         total = sum(task.weight * own for task, own in zip(tasks, loss.unbind()))  # eq. 8
         scaler.scale(total * team.size).backward()  # which averages over the processes
         losses += loss.detach()
-    scaler.unscale_(optimizer)
+    scaler.unscale_(optimizer)  # the norm is to be of the true gradients
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(trained, clip)
-    scaler.step(optimizer)
-    scaler.update()
+    scaler.step(optimizer)  # in fp16, not where a gradient overflowed
+    scaler.update()  # of the loss scale
     optimizer.zero_grad()
     if scaler.is_enabled():  # fp16's scaler has left out a step whose gradient overflows
         return losses
@@ -163,18 +164,18 @@ def quality(found: dict) -> float:
 def run(config: argparse.Namespace) -> None:
     """One run, from the flags to metrics.json. Raises ValueError on anything wrong in its input."""
     # Settings: whatever can be wrong is said before any work.
-    team = Team(pick_device(config.device))
+    team = Team(pick_device(config.device))  # one process, unless torchrun started more
     device, amp = team.device, amp_dtype(config.amp, team.device)
     tasks = make_tasks(config.tasks, CLASSES[config.dataset])
     tree = read_tree(config.tree, config.tasks) if config.tree else None
     if tree:
         config.groups = tuple(len(partition) for partition in tree)
-    tree = tree or tree_without_choice(config, len(tasks))
+    tree = tree or tree_without_choice(config, len(tasks))  # None: the similarity decides
     baseline = read_baseline(config, tasks) if config.baseline else None
     out, resumed = Path(config.out), check_out(config)
 
     # Data.
-    with team.leader_first():
+    with team.leader_first():  # which unpacks and parses, once
         train_set, val_set = open_dataset(config, "train"), open_dataset(config, "val")
         out.mkdir(parents=True, exist_ok=True)
         if not os.access(out, os.W_OK):
@@ -196,10 +197,10 @@ def run(config: argparse.Namespace) -> None:
         tree, choices, similarity = team.tell(
             compute_tree(config, tasks, train_set, device) if team.leads else None)
     print(format_tree(tree, config.tasks, choices), flush=True)
-    if team.leads and not resumed:
-        write_json(out / "tree.json", {"tasks": config.tasks, **similarity,
-                                       "tree": name_tree(tree, config.tasks)})
+    tree_json = {"tasks": config.tasks, **similarity, "tree": name_tree(tree, config.tasks)}
     if config.tree_only:
+        if team.leads and not resumed:
+            write_json(out / "tree.json", tree_json)
         team.close()
         return
 
@@ -211,11 +212,13 @@ def run(config: argparse.Namespace) -> None:
     if config.compile:
         warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
         model.compile(dynamic=False, fullgraph=team.size == 1)  # the weights keep their names
-    net = team.wrap(model)
+    net = team.wrap(model)  # the same weights, gradients averaged over the team
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
     if team.leads:
-        check_space(out, model)
+        check_space(out, model)  # now rather than after an epoch
+        if not resumed:
+            write_json(out / "tree.json", tree_json)
     step, best, latest = 0, None, None  # evaluations
     if resumed:
         load_trained(model, resumed, out / "last.pt")
@@ -243,7 +246,7 @@ def run(config: argparse.Namespace) -> None:
             set_learning_rate(optimizer, lr)
             meter.sums += train_step(net, tasks, optimizer, scaler, image, labels,
                                      config.accumulate, config.clip, amp, team)
-            step += 1
+            step += 1  # from here on, steps done
             epoch, end_of_epoch = step // per_epoch, step % per_epoch == 0
 
             # Once in a while: progress (the only wait for the GPU).
@@ -268,7 +271,7 @@ def run(config: argparse.Namespace) -> None:
                 if best is None or quality(found) > quality(best):
                     best = found
                     write("best.pt")
-                meter.pause()
+                meter.pause()  # evaluation is no part of the speed
 
             # Each epoch, and when told to stop: save for --resume. Processes agree where they log.
             stop = signals and team.size == 1 or log_now and team.any(bool(signals))
@@ -290,7 +293,8 @@ def run(config: argparse.Namespace) -> None:
         write_json(out / "metrics.json", {
             **best, "last": latest, "reference": constant, **counts, "seed": config.seed,
             "tree": name_tree(tree, config.tasks), "dataset": config.dataset,
-            "flags": of_the_run["config"], "versions": VERSIONS})
+            "flags": {k: v for k, v in of_the_run["config"].items() if k != "out"},
+            "versions": VERSIONS})
         draw_samples(out / "predictions.png", predictor(model, amp), tasks, val_set, config.size,
                      device)
         draw_curves(out / "curves.png", out / "log.jsonl", tasks)
