@@ -1,14 +1,13 @@
 """mtlora.py: the paper's parameter counts, who trains what, and the whole way through train.py."""
 
 import json
-import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import costs, stopped_after_an_epoch
+from conftest import archive, costs, stopped_after_an_epoch
 from PIL import Image
 
 import eval
@@ -80,10 +79,7 @@ def test_the_frozen_products_are_computed_once(dataset, gmacs):
 @pytest.fixture
 def published():
     """Random weights, an image, and what the published code computes from them."""
-    path = Path(os.environ.get("TGLORA_DATA", "")) / "mtlora_published.pt"
-    if not os.environ.get("TGLORA_DATA") or not path.is_file():
-        pytest.skip("needs TGLORA_DATA to name a folder that holds mtlora_published.pt (weights, "
-                    "input and maps of the published MTLoRA)")
+    path = archive("mtlora_published.pt", "weights, input and maps of the published MTLoRA")
     return torch.load(path, weights_only=True)
 
 
