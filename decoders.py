@@ -17,13 +17,13 @@ FUSED = (18, 36, 72, 144)  # HRNet-W18's channels; together 270, and 4 * 270 hid
 
 
 class Decoder(nn.Module):
-    """in_channels of the four maps -> `outputs` channels at the image's size."""
+    """in_channels of the four maps, projected to `fused` -> `outputs` at the image's size."""
 
-    def __init__(self, in_channels: Sequence[int], outputs: int):
+    def __init__(self, in_channels: Sequence[int], outputs: int, fused: Sequence[int] = FUSED):
         super().__init__()
-        width = sum(FUSED)
+        width = sum(fused)
         self.fuse = nn.ModuleList(nn.Conv2d(c, f, 1, bias=False)
-                                  for c, f in zip(in_channels, FUSED, strict=True))
+                                  for c, f in zip(in_channels, fused, strict=True))
         self.head = nn.Sequential(nn.Conv2d(width, 4 * width, 1), nn.BatchNorm2d(4 * width),
                                   nn.ReLU(), nn.Conv2d(4 * width, outputs, 1))
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import mtlora
-from decoders import Decoder
+from decoders import FUSED, Decoder
 from grouping import Partition, check_tree, routing
 from swin import build_swin, load_weights
 from tglora import add_adapters, freeze, split_rank
@@ -32,11 +32,12 @@ class MultiTaskNet(nn.Module):
     """A backbone whose stages carry groups of tasks, and a decoder for each task.
 
     tasks: objects with `name` and `outputs`; parents[stage][group]: the group of the stage before
-    that it branches off; group_of[task][stage]: whose features the task reads (grouping.routing).
+    that it branches off; group_of[task][stage]: whose features the task reads (grouping.routing);
+    fused: channels of the decoders.
     """
 
     def __init__(self, backbone: nn.Module, tasks: Sequence, parents: Sequence[Sequence[int]],
-                 group_of: Sequence[Sequence[int]]):
+                 group_of: Sequence[Sequence[int]], fused: Sequence[int] = FUSED):
         super().__init__()
         if len(parents) != len(backbone.layers):
             raise ValueError(f"tree: {len(parents)} stages, but the backbone has "
@@ -44,7 +45,7 @@ class MultiTaskNet(nn.Module):
         self.backbone, self.parents = backbone, parents
         self.group_of = {task.name: groups for task, groups in zip(tasks, group_of)}
         self.decoders = nn.ModuleDict(
-            {task.name: Decoder(backbone.channels, task.outputs) for task in tasks})
+            {task.name: Decoder(backbone.channels, task.outputs, fused) for task in tasks})
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         """Image (B, 3, H, W), normalised -> each task's prediction, (B, outputs, H, W)."""
@@ -63,29 +64,30 @@ class MultiTaskNet(nn.Module):
 
 
 # --- methods --------------------------------------------------------------------------------------
-def tree_net(backbone: nn.Module, tasks: Sequence, tree: Sequence[Partition]) -> MultiTaskNet:
+def tree_net(backbone: nn.Module, tasks: Sequence, tree: Sequence[Partition],
+             fused: Sequence[int] = FUSED) -> MultiTaskNet:
     """Features that branch as the tree does."""
     check_tree(tree, len(tasks))
-    return MultiTaskNet(backbone, tasks, *routing(tree))
+    return MultiTaskNet(backbone, tasks, *routing(tree), fused)
 
 
 def decoders_only(backbone: nn.Module, tasks: Sequence, tree: Sequence[Partition],
                   config: Any) -> MultiTaskNet:
     """Nothing of the backbone is trained."""
     backbone.requires_grad_(False)
-    return tree_net(backbone, tasks, tree)
+    return tree_net(backbone, tasks, tree, config.fused)
 
 
 def full(backbone: nn.Module, tasks: Sequence, tree: Sequence[Partition],
          config: Any) -> MultiTaskNet:
     """Full fine-tuning: everything is trained."""
-    return tree_net(backbone, tasks, tree)
+    return tree_net(backbone, tasks, tree, config.fused)
 
 
 def tglora(backbone: nn.Module, tasks: Sequence, tree: Sequence[Partition],
            config: Any) -> MultiTaskNet:
     """In each stage a combined rank, split between its groups by their sizes (4.3)."""
-    model = tree_net(backbone, tasks, tree)
+    model = tree_net(backbone, tasks, tree, config.fused)
     layers, others, _ = config.layers.partition("+others")
     names = adapted_layers(backbone, layers, config)
     for stage, partition, rank in zip(backbone.layers, tree, stage_ranks(config), strict=True):
@@ -98,7 +100,8 @@ def tglora(backbone: nn.Module, tasks: Sequence, tree: Sequence[Partition],
 def mtlora_net(backbone: nn.Module, tasks: Sequence, tree: Sequence[Partition],
                config: Any) -> MultiTaskNet:
     """MTLoRA or MTLoRA+, which have groups of their own."""
-    model = MultiTaskNet(backbone, tasks, *mtlora.routing(len(backbone.layers), len(tasks)))
+    model = MultiTaskNet(backbone, tasks, *mtlora.routing(len(backbone.layers), len(tasks)),
+                         config.fused)
     names = adapted_layers(backbone, "attn+mlp", config)
     mtlora.adapt(backbone, names, len(tasks), config.rank, config.dropout,
                  **mtlora.METHODS[config.method])

@@ -37,6 +37,7 @@ PAPER = dict(               # nyud and pascal, as in sections 4 and 7
     layers="attn+mlp",      # table 1; "+others" is its best row and its costliest
     dropout=0.05,           # on the adapters' input
     drop_path=0.2,          # of the deepest block; falls linearly to 0 at the first
+    fused="18,36,72,144",   # HRNet-W18's, whatever the backbone
     epochs=300,             # 20 of them warm-up
     eval_every=20,          # epochs
     sim_images=200,         # ours: the paper names no number
@@ -55,6 +56,7 @@ RECIPES = {
         rank=24,            # adapters are then a tenth of the network's parameters
         last_rank=None,     # every stage has the same combined rank
         layers="attn+mlp",
+        fused="6,12,24,48",  # a third, as the backbone
         dropout=0.0,        # five epochs do not overfit
         drop_path=0.0,
         epochs=5,
@@ -160,6 +162,7 @@ def make_parser(dataset: str, shared: argparse.ArgumentParser) -> argparse.Argum
         help="parts of names of the backbone's weights that stay frozen whatever is trained")
     add("--dropout", type=float, help="on the adapters' input")
     add("--drop-path", type=float, help="stochastic depth of the deepest block")
+    add("--fused", type=integers, help="channels to which the decoders project the four maps")
 
     add = parser.add_argument_group("similarity and tree").add_argument
     add("--groups", type=integers,

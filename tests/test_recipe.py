@@ -31,7 +31,7 @@ from util.parallel import Team
 BOTH = dict(
     method="tglora", layers="attn+mlp", backbone="tiny", weights="imagenet", size=(448, 448),
     epochs=300, eval_every=20, warmup=20 / 300, weight_decay=0.05, accumulate=1, dropout=0.05,
-    drop_path=0.2, clip=5.0, flip=True)
+    drop_path=0.2, clip=5.0, flip=True, fused=(18, 36, 72, 144))
 OF_ITS_OWN = {
     "nyud": dict(tasks=["semseg", "normals", "depth"], groups=(1, 1, 2, 3), rank=63, last_rank=None,
                  batch_size=6, lr=1e-4, scales=(1, 1.2, 1.5), rotate=0),
@@ -116,8 +116,8 @@ def test_mtloras_last_blocks_drop_paths_too():
 
 
 def test_the_tasks_weights_are_the_papers():
-    """Eq. 8 with the weights of MTLoRA's code: 1, 1, 2, 5, 10."""
-    weights = {"semseg": 1, "depth": 1, "human_parts": 2, "sal": 5, "normals": 10}
+    """Eq. 8 with the weights of MTLoRA's code: 1, 1, 2, 5, 10; of MTI-Net's for edges: 50."""
+    weights = {"semseg": 1, "depth": 1, "human_parts": 2, "sal": 5, "normals": 10, "edge": 50}
     assert {task.name: task.weight for task in make_tasks(list(weights), 21)} == weights
 
 
@@ -220,6 +220,7 @@ FLAGS = {"train-rooms": "7", "val-rooms": "1", "tasks": "normals,depth,semseg", 
          "workers": "3", "no-cache": None, "no-flip": None, "scales": "1.5,1.7", "rotate": "30",
          "weights": "mine.pth", "rank": "9", "last-rank": "5", "layers": "attn+mlp+others",
          "without": "mlp.fc2", "frozen": "norm2", "dropout": "0.25", "drop-path": "0.35",
+         "fused": "3,4,5,6",
          "groups": "1,2,2,3", "sim-images": "2", "head-epochs": "3", "head-lr": "0.123",
          "normalize": "elementwise",
          "epochs": "3", "batch-size": "2", "accumulate": "2", "lr": "0.03", "warmup": "0.5",
@@ -319,8 +320,8 @@ def test_flags_of_data_and_augmentation_arrive(seen):
 
 
 def test_flags_of_the_network_arrive(seen):
-    """--weights, --rank, --last-rank, --layers, --without, --frozen, --dropout, --drop-path, and
-    --compile."""
+    """--weights, --rank, --last-rank, --layers, --without, --frozen, --dropout, --drop-path,
+    --fused, and --compile."""
     backbone = seen.steps[0].model.backbone
     assert seen.weights == "mine.pth" and seen.compiled is seen.steps[0].model
     layers = modules(backbone, TGLoRALinear)
@@ -332,6 +333,9 @@ def test_flags_of_the_network_arrive(seen):
     block = backbone.layers[1].blocks[0]
     assert type(block.mlp.fc2) is nn.Linear and type(block.mlp.fc1) is TGLoRALinear
     assert block.norm1.weight.requires_grad and not block.norm2.weight.requires_grad
+    decoder = seen.steps[0].model.decoders["depth"]
+    assert [conv.out_channels for conv in decoder.fuse] == [3, 4, 5, 6]
+    assert decoder.head[0].out_channels == 4 * 18
 
 
 def test_flags_of_similarity_and_tree_arrive(seen):

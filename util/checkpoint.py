@@ -25,6 +25,7 @@ import torchvision
 from torch import Tensor, nn
 
 from data import CLASSES
+from decoders import FUSED
 from model import build
 from tasks import make_tasks
 
@@ -158,7 +159,8 @@ def load_run(path: Path, weights: str | None = None) -> tuple[nn.Module, list, N
     """The network of a checkpoint, its tasks and its flags; weights: where the backbone's are now.
     """
     state = read_checkpoint(path)
-    config = Namespace(**{"without": [], "frozen": [], **state["config"]})  # older runs lack them
+    older = {"without": [], "frozen": [], "fused": FUSED}  # flags that older runs lack
+    config = Namespace(**{**older, **state["config"]})
     config.weights = weights or config.weights
     tasks = make_tasks(config.tasks, CLASSES[config.dataset])
     model = build(config, tasks, state["tree"])
