@@ -10,7 +10,7 @@ A loss is a mean over the valid pixels of a batch. Where the batch is computed i
 the whole of it, passed to each part's `loss`, make the parts' losses add up to the batch's.
 
 Shapes: B batch, H W pixels. A prediction is (B, outputs, H, W); labels are (B, H, W) int64 for
-classes and sal, (B, 1, H, W) for depth in metres, (B, 3, H, W) for normals (x right, y down, z to
+classes, sal and edge, (B, 1, H, W) for depth in metres, (B, 3, H, W) for normals (x right, y down, z to
 the camera).
 References: arXiv 2509.19602, sections 4.2, 4.3 and eq. 7; MTLoRA, arXiv 2403.20320, section 4.1.
 """
@@ -135,6 +135,60 @@ class Saliency:
         return grey.expand(3, -1, -1)
 
 
+class Edge:
+    """Borders of surfaces: 1 or 0 a pixel; F of the best threshold, the same for all images.
+
+    A pixel is right where the other map has one within 0.0075 of the diagonal. Unlike the odsF of
+    the boundary benchmark, predictions are not thinned and several may meet the same true pixel.
+    """
+
+    name, weight, metric, higher_is_better = "edge", 50.0, "F", True  # weight: MTI-Net's
+    outputs = 1
+    positive = 0.95  # weight of an edge's error against 0.05 elsewhere: edges are few
+    tolerance = 0.0075
+    thresholds = torch.arange(1, 20) / 20  # 0.05, 0.10 ... 0.95
+
+    valid, best_constant, colours = Saliency.valid, Saliency.best_constant, Saliency.colours
+
+    def totals(self, label: Tensor) -> Tensor:
+        return self.valid(label).sum()[None]
+
+    def loss(self, pred: Tensor, label: Tensor, totals: Tensor | None = None) -> Tensor:
+        """Cross-entropy with fixed weights, mean over valid pixels (0 when there are none)."""
+        pixels, = self.totals(label) if totals is None else totals
+        true = (label == 1).float()
+        error = F.binary_cross_entropy_with_logits(pred[:, 0].float(), true, reduction="none")
+        balance = torch.where(label == 1, self.positive, 1 - self.positive)
+        return (error * balance * self.valid(label)).sum() / pixels.clamp(min=1)
+
+    def sums(self, pred: Tensor, label: Tensor) -> Tensor:
+        """Per threshold: predicted pixels, those that are right, true pixels, those found; (4*19).
+        """
+        reach = max(1, round(self.tolerance * math.hypot(*label.shape[1:])))
+
+        def near(x: Tensor) -> Tensor:  # (..., B, H, W) -> where x is true within reach
+            return F.max_pool2d(x.float(), 2 * reach + 1, stride=1, padding=reach) > 0
+
+        valid, true = self.valid(label), label == 1  # (B, H, W)
+        thresholds = self.thresholds.to(pred)[:, None, None, None]
+        found = (pred[:, 0].sigmoid() >= thresholds) & valid  # (19, B, H, W)
+        right, met = found & near(true), true & near(found)
+        true = true.expand_as(found)
+        sums = torch.stack([x.sum((1, 2, 3)).double() for x in (found, right, true, met)])
+        return sums.flatten() + nan_if(pred[:, 0].isnan() & valid)
+
+    def metrics(self, sums: Tensor) -> dict[str, float]:
+        """F of the best threshold, with its precision and recall."""
+        found, right, true, met = sums.reshape(4, -1)
+        if not true[0] > 0:
+            return dict.fromkeys(("F", "precision", "recall"), math.nan)
+        precision, recall = right / found.clamp(min=1), met / true
+        f = 2 * precision * recall / (precision + recall).clamp(min=1e-9)
+        best = f.argmax()
+        return {"F": f[best].item(), "precision": precision[best].item(),
+                "recall": recall[best].item()}
+
+
 class Depth:
     """Depth along the optical axis, in metres; root mean square error over pixels."""
 
@@ -240,7 +294,7 @@ def make_tasks(names: list[str], classes: int) -> list:
     """Task objects for `names`, in that order; classes: of the dataset's semseg."""
     known = {"semseg": lambda: Segmentation("semseg", classes, 1.0),
              "human_parts": lambda: Segmentation("human_parts", 7, 2.0),
-             "sal": Saliency, "depth": Depth, "normals": Normals}
+             "sal": Saliency, "edge": Edge, "depth": Depth, "normals": Normals}
     for name in names:
         if name not in known:
             raise ValueError(f"unknown task {name!r}; expected some of {', '.join(known)}")

@@ -92,6 +92,14 @@ def read_saliency(path: Path) -> np.ndarray:
     return (read_image(path, "L") > 127).astype(np.uint8)
 
 
+def read_edges(path: Path) -> np.ndarray | None:
+    """0 and 1 from .npy, black and white from .png; None without any edge: nobody drew them."""
+    png = path.suffix == ".png"
+    edges = read_image(path, "L") / 255 if png else read_array(path)
+    edges = (edges.reshape(edges.shape[:2]) > 0.5).astype(np.uint8)
+    return edges if edges.any() else None
+
+
 def read_depth(path: Path) -> np.ndarray:
     """Metres, (H, W, 1); not a number and not positive become 0, invalid."""
     depth = read_array(path)
@@ -213,7 +221,8 @@ LAYOUTS = {
         "image": (read_image, ("images/{}.jpg", "images/{}.png")),
         "semseg": (read_nyud_classes, ("segmentation/{}.png",)),
         "depth": (read_depth, ("depth/{}.npy",)),
-        "normals": (read_normals, ("normals/{}.npy", "normals/{}.png"))}),
+        "normals": (read_normals, ("normals/{}.npy", "normals/{}.png")),
+        "edge": (read_edges, ("edge/{}.npy", "edge/{}.png"))}),
     "pascal": dict(splits="ImageSets/Context", files={
         "image": (read_image, ("JPEGImages/{}.jpg",)),
         "semseg": (read_voc_classes, ("semseg/VOC12/{}.png", "semseg/pascal-context/{}.png")),

@@ -5,7 +5,7 @@ by one lamp, seen by a camera at eye height; the nearest object is the salient o
 download and has no label noise, so the whole method can be run, taught and tested on it; room
 (seed, split, i) is the same on every machine.
 
-    sample = render_room((0, 0, 7), 112, 112)  # image, semseg, depth, normals, human_parts, sal
+    sample = render_room((0, 0, 7), 112, 112)  # the image and all labels
 
 World: x, y on the floor, z up, metres. A ray is o + t * d; every shape answers with t (P,) of its
 nearest hit (inf where it is missed) and the outward normals n there (P, 3), for P pixels. The
@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 
 ROOM_CLASSES = ("floor", "ceiling", "wall", "box", "sphere", "cylinder", "person")
 SALIENT = 0.01  # the least share of the picture that a salient object covers
+FOLD = np.cos(np.deg2rad(30))  # of two neighbouring normals: where a box has an edge
 
 
 def hit_slabs(o: np.ndarray, d: np.ndarray, low: np.ndarray, high: np.ndarray, inside: bool):
@@ -163,6 +164,16 @@ def nearest_object(t: np.ndarray, number: np.ndarray) -> np.ndarray:
     return salient
 
 
+def borders(surface: np.ndarray, n: np.ndarray) -> np.ndarray:
+    """The pixels (H, W) beside a border of surfaces (H, W), or a fold of normals n (H, W, 3)."""
+    edge = np.zeros(surface.shape, bool)
+    for a, b in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
+        differ = (surface[a] != surface[b]) | ((n[a] * n[b]).sum(-1) < FOLD)
+        edge[a] |= differ
+        edge[b] |= differ
+    return edge
+
+
 def shade(rng: np.random.Generator, room, point, n, surface, n_surfaces: int) -> np.ndarray:
     """Colours (P, 3) of points (P, 3) with normals n on numbered surfaces, lit by one lamp.
 
@@ -212,7 +223,9 @@ def render_room(seed: Sequence[int], height: int, width: int, axes: np.ndarray |
             "depth": as_map(t, np.float32),
             "normals": as_map(n @ frame.T * [1, 1, -1], np.float32),
             "human_parts": as_map(part if part.any() else part + 255, np.uint8)[0],
-            "sal": as_map(nearest_object(t, number), np.uint8)[0]}
+            "sal": as_map(nearest_object(t, number), np.uint8)[0],
+            "edge": as_map(borders(surface.reshape(height, width), n.reshape(height, width, 3)),
+                           np.uint8)[0]}
 
 
 class Rooms(Dataset):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.io
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from data import Files, Rooms, collate, draw_augmentation, epoch_batches, loader, warp
@@ -72,6 +73,21 @@ def test_people_and_salient_objects():
     assert 0.6 < sum((r["sal"] == 1).any().item() for r in rooms) / 30 <= 1
 
 
+def test_edges_lie_where_surfaces_meet():
+    """Every border of two classes is one; flat ground has none; so has a box, and a room's corner.
+    """
+    for i in range(6):
+        room = render_room((0, 0, i), 64, 64)
+        edge, label, n = room["edge"] == 1, room["semseg"].int(), room["normals"]
+        across = label[:, 1:] != label[:, :-1]
+        assert edge[:, 1:][across].all() and edge[:, :-1][across].all()
+        fold = (n[:, 1:] * n[:, :-1]).sum(0) < 0.5  # 60 degrees: the corners of boxes and rooms
+        assert edge[1:][fold].all() and edge[:-1][fold].all() and fold.any()
+        assert 0.03 < edge.float().mean() < 0.3
+        inner = ~F.max_pool2d(edge[None].float(), 3, 1, 1)[0].bool()
+        assert (n[:, :, 1:] - n[:, :, :-1]).norm(dim=0)[inner[:, 1:]].max() < 0.53  # of 30 degrees
+
+
 def warped(room, size, **how):
     image, labels = warp(collate([room]), size, **{k: torch.tensor(v) for k, v in how.items()})
     return image[0], {k: v[0] for k, v in labels.items()}
@@ -84,7 +100,7 @@ def test_flip_equals_rendering_the_mirrored_view():
     image, labels = warped(room, (40, 56), flip=[True])
     expected_image, expected = warped(mirror, (40, 56))
     torch.testing.assert_close(image, expected_image, atol=0.03, rtol=0)
-    for name in ("human_parts", "sal", *TASKS):
+    for name in ("human_parts", "sal", "edge", *TASKS):
         torch.testing.assert_close(labels[name], expected[name], atol=1e-5, rtol=1e-5)
 
 
@@ -283,6 +299,9 @@ def test_real_images_of_three_sizes(nyud_archive, tmp_path, monkeypatch):
     np.testing.assert_allclose(sample["normals"].permute(1, 2, 0),
                                np.load(root / "normals/433.npy"), atol=1e-5)
     assert not train[1]["depth"].any() and (train[2]["semseg"] == 255).all()
+    edges = Files("nyud", root, "train", ["edge"])
+    np.testing.assert_array_equal(edges[0]["edge"], np.load(root / "edge/433.npy"))
+    assert (edges[2]["edge"] == 255).all()  # nobody drew any
 
 
 def test_the_png_archive_gives_the_same_samples(nyud_folder):

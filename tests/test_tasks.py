@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from tasks import Depth, Normals, Saliency, Segmentation, delta_m, make_tasks
+from tasks import Depth, Edge, Normals, Saliency, Segmentation, delta_m, make_tasks
 
 
 def random_labels(seed, B=3, H=5, W=6, classes=4):
@@ -103,6 +104,34 @@ def test_saliency_equals_its_definition():
     assert task.loss(pred, label).item() == pytest.approx(total / n, rel=1e-4)
 
 
+def test_edges_equal_their_definition():
+    """Pixel by pixel: a hit has a pixel of the other map within reach; one threshold for all."""
+    g = torch.Generator().manual_seed(5)
+    label = (torch.rand(2, 9, 140, generator=g) < 0.02).long()  # a diagonal of 140: reach is 1
+    label[torch.rand(2, 9, 140, generator=g) < 0.1] = 255
+    pred = torch.randn(2, 1, 9, 140, generator=g) + 2 * (label[:, None] == 1)
+    task, scores = Edge(), []
+    for k in range(1, 20):
+        found = {tuple(p) for p in ((pred[:, 0].sigmoid() >= k / 20) & (label != 255)).nonzero()
+                 .tolist()}
+        true = {tuple(p) for p in (label == 1).nonzero().tolist()}
+        near = [{(b, y + dy, x + dx) for b, y, x in pixels for dy in (-1, 0, 1) for dx in (-1, 0, 1)}
+                for pixels in (found, true)]
+        precision, recall = len(found & near[1]) / max(1, len(found)), len(true & near[0]) / len(true)
+        scores.append((2 * precision * recall / max(precision + recall, 1e-9), precision, recall))
+    expected = dict(zip(("F", "precision", "recall"), max(scores)))
+    assert task.metrics(task.sums(pred, label)) == pytest.approx(expected, rel=1e-5)
+    pieces = sum(task.sums(pred[i:i + 1], label[i:i + 1]) for i in (1, 0))
+    assert task.metrics(pieces) == pytest.approx(expected, rel=1e-5)
+    error = [-0.95 * math.log(q) if y else -0.05 * math.log(1 - q) for q, y in
+             zip(pred[:, 0].sigmoid()[label != 255].tolist(), label[label != 255].tolist()) if y < 2]
+    assert task.loss(pred, label).item() == pytest.approx(sum(error) / len(error), rel=1e-4)
+    thick = F.max_pool2d((label[:1, None] == 1).float(), 5, 1, 2)[:, 0]  # two pixels off is wrong
+    found = task.metrics(task.sums(20 * thick[:, None] - 10, label[:1]))
+    assert found["recall"] == 1 and found["precision"] < 0.7
+    assert task.weight == 50
+
+
 def test_empty_masks_have_defined_scores():
     """Nothing to find and nothing found is 1; something found then, or something missed, is 0."""
     task, empty = Saliency(), torch.zeros(1, 4, 4, dtype=torch.long)
@@ -113,7 +142,7 @@ def test_empty_masks_have_defined_scores():
     assert task.metrics(task.sums(high, empty + 1)) == {"mIoU": 1, "maxF": pytest.approx(1)}
 
 
-@pytest.mark.parametrize("name", ["semseg", "human_parts", "sal", "depth", "normals"])
+@pytest.mark.parametrize("name", ["semseg", "human_parts", "sal", "edge", "depth", "normals"])
 def test_nothing_valid_and_predictions_of_nan_give_nan(name):
     """Never a number that looks like a result; a NaN under an invalid pixel does not matter."""
     task = make_tasks([name], 4)[0]
