@@ -17,7 +17,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -161,8 +161,8 @@ def quality(found: dict) -> float:
 
 
 # --- the run --------------------------------------------------------------------------------------
-def run(config: argparse.Namespace) -> None:
-    """One run, from the flags to metrics.json. Raises ValueError on anything wrong in its input."""
+def run(config: argparse.Namespace, open_data: Callable = open_dataset) -> None:
+    """One run, flags to metrics.json, on open_data(config, split). ValueError on wrong input."""
     # Settings: whatever can be wrong is said before any work.
     team = Team(pick_device(config.device))  # one process, unless torchrun started more
     device, amp = team.device, amp_dtype(config.amp, team.device)
@@ -176,7 +176,7 @@ def run(config: argparse.Namespace) -> None:
 
     # Data.
     with team.leader_first():  # which unpacks and parses, once
-        train_set, val_set = open_dataset(config, "train"), open_dataset(config, "val")
+        train_set, val_set = open_data(config, "train"), open_data(config, "val")
         out.mkdir(parents=True, exist_ok=True)
         if not os.access(out, os.W_OK):
             raise ValueError(f"--out {out} cannot be written to")

@@ -1,10 +1,13 @@
-"""What a run shows: its table, predictions beside the truth, a photo's predictions, curves.
+"""What a run shows: its table, predictions beside the truth, a photo's predictions, curves; and
+what runs show beside one another: means, intervals, delta-m.
 
 A picture is a tensor (3, H, W) in 0..1; a task says itself which colours its values have.
 """
 
 import json
 import math
+import statistics
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +18,8 @@ from torchvision.utils import make_grid, save_image
 
 from data import ToDevice, collate, warp
 from datasets.labels import read_image
+from tasks import delta_m, make_tasks
+from util.checkpoint import read_results
 
 
 # --- text -----------------------------------------------------------------------------------------
@@ -132,3 +137,125 @@ def plot(pen: ImageDraw.ImageDraw, left: int, top: int, title: str,
     pen.text((left - 4, bottom - 12), f"{low:.3g}", fill="gray", anchor="ra")
     pen.text((left, bottom + 4), "step 0", fill="gray")
     pen.text((right, bottom + 4), f"{max(xs)}", fill="gray", anchor="ra")
+
+
+# --- runs beside one another ----------------------------------------------------------------------
+T95 = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # by freedom
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and half the width of its 95 % t interval (infinite for a single value)."""
+    freedom = len(values) - 1
+    if not freedom:
+        return values[0], math.inf
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.mean(values), T95[min(freedom, len(T95) - 1)] * error
+
+
+def mean_results(runs: Iterable[dict]) -> dict:
+    """{task: {metric: its mean over the runs that have the task}}."""
+    values = {}  # {task: {metric: its value in each run}}
+    for run in runs:
+        for task, metrics in run["results"].items():
+            for metric, value in metrics.items():
+                values.setdefault(task, {}).setdefault(metric, []).append(value)
+    return {task: {metric: statistics.mean(found) for metric, found in metrics.items()}
+            for task, metrics in values.items()}
+
+
+def collect_runs(folder: Path, last: bool = False) -> tuple[dict[str, dict[int, dict]], str | None]:
+    """The runs in FOLDER/METHOD/RUN as {method: {seed: {"results", "trainable"}}}; the dataset.
+
+    Those of a method and a seed, one a task, are put together. last: of each run's last evaluation,
+    as the published code reports, not of its best.
+    """
+    methods, dataset = {}, None
+    for path in sorted(folder.glob("*/*/metrics.json")):
+        run, method = read_results(path), path.parent.parent.name
+        dataset = dataset or run.get("dataset")
+        if run.get("dataset") not in (dataset, None):
+            raise ValueError(f"{path} is of {run['dataset']}, other runs are of {dataset}")
+        seed = run.get("seed", 0)
+        whole = methods.setdefault(method, {}).setdefault(seed, {"results": {}, "trainable": 0})
+        results = run["last"]["results"] if last else run["results"]
+        twice = sorted(whole["results"].keys() & results.keys())
+        if twice:
+            raise ValueError(f"{path}: {method} has {', '.join(twice)} of seed {seed} already; "
+                             "keep one run of each seed and task")
+        whole["results"] |= results
+        whole["trainable"] += run["trainable"]
+    if not methods:
+        raise ValueError(f"no {folder}/METHOD/RUN/metrics.json; see docs/RESULTS.md, A run of runs")
+    return methods, dataset
+
+
+def find_baseline(name: str, methods: dict, dataset: str | None) -> dict:
+    """A file's results, or the means over the seeds of a method."""
+    if name in methods:
+        return mean_results(methods[name].values())
+    found = read_results(Path(name))
+    if dataset and found.get("dataset", dataset) != dataset:
+        raise ValueError(f"--baseline {name} is of {found['dataset']}, the runs of {dataset}")
+    return found["results"]
+
+
+def format_runs(methods: dict, baseline: dict | None, epoch: str) -> str:
+    """The table as text: mean +- sample standard deviation over seeds, delta-m with its interval.
+
+    methods: {name: {seed: {"results", "trainable"}}}; baseline: {task: {metric: value}}, None
+    leaves delta-m out.
+    """
+    def spread(values: list[float]) -> str:
+        mean = statistics.mean(values)
+        return f"{mean:.4f}" + (f" +- {statistics.stdev(values):.4f}" if len(values) > 1 else "")
+
+    names = list(dict.fromkeys(name for seeds in methods.values() for run in seeds.values()
+                               for name in run["results"]))
+    tasks = make_tasks(names, 1)
+    rows = [["method", "epoch", "seeds", "trained"]
+            + [f"{t.name} {t.metric} {'up' if t.higher_is_better else 'down'}" for t in tasks]
+            + (["delta-m %", "95 % interval"] if baseline else [])]
+    for method, seeds in methods.items():
+        runs = list(seeds.values())
+        row = [method, epoch, str(len(runs)), f"{runs[0]['trainable']:,}"]
+        for task in tasks:
+            values = [run["results"][task.name][task.metric] for run in runs
+                      if task.name in run["results"]]
+            row.append(spread(values) if values else "-")
+        if baseline:
+            gains = [delta_m(run["results"], baseline) for run in runs
+                     if set(names) <= set(run["results"])]
+            mean, half = interval(gains) if len(gains) > 1 else (0, math.inf)
+            row += [spread(gains) if gains else "-",
+                    f"{mean - half:+.2f} to {mean + half:+.2f}" if half < math.inf else "-"]
+        rows.append(row)
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths)).rstrip()
+                     for row in rows)
+
+
+def draw_gains(path: Path, gains: dict[str, list[float]]) -> None:
+    """Write a PNG: delta-m of each method, a dot a seed, its mean and the 95 % interval."""
+    left, top, width, row = 130, 34, 520, 26
+    everything = [value for values in gains.values() for value in values]
+    low, high = math.floor(min(everything)) - 1, math.ceil(max(everything)) + 1
+    picture = Image.new("RGB", (left + width + 30, top + row * len(gains) + 34), "white")
+    pen = ImageDraw.Draw(picture)
+
+    def x(value: float) -> float:
+        return left + width * (min(max(value, low), high) - low) / (high - low)
+
+    bottom = top + row * len(gains)
+    for tick in range(low, high + 1, max(1, (high - low) // 10)):
+        pen.line((x(tick), top, x(tick), bottom), fill="silver" if tick else "black")
+        pen.text((x(tick), bottom + 4), f"{tick:+d}" if tick else "0", fill="gray", anchor="ma")
+    pen.text((left, 10), "delta-m, % (dot: a seed; bar: mean and 95 % interval)", fill="black")
+    for i, (method, values) in enumerate(gains.items()):
+        y = top + row * i + row / 2
+        mean, half = interval(values)
+        pen.text((left - 8, y), method, fill="black", anchor="rm")
+        pen.line((x(mean - half), y, x(mean + half), y), fill="royalblue", width=3)
+        pen.line((x(mean), y - 8, x(mean), y + 8), fill="royalblue", width=3)
+        for value in values:
+            pen.ellipse((x(value) - 3, y - 3, x(value) + 3, y + 3), outline="black", fill="orange")
+    picture.save(path)
