@@ -10,8 +10,8 @@ A loss is a mean over the valid pixels of a batch. Where the batch is computed i
 the whole of it, passed to each part's `loss`, make the parts' losses add up to the batch's.
 
 Shapes: B batch, H W pixels. A prediction is (B, outputs, H, W); labels are (B, H, W) int64 for
-classes, sal and edge, (B, 1, H, W) for depth in metres, (B, 3, H, W) for normals (x right, y down, z to
-the camera).
+classes, sal and edge, (B, 1, H, W) for depth in metres, (B, 3, H, W) for normals (x right, y down,
+z to the camera).
 References: arXiv 2509.19602, sections 4.2, 4.3 and eq. 7; MTLoRA, arXiv 2403.20320, section 4.1.
 """
 
@@ -143,11 +143,8 @@ class Edge:
     """
 
     name, weight, metric, higher_is_better = "edge", 50.0, "F", True  # weight: MTI-Net's
-    outputs = 1
-    positive = 0.95  # weight of an edge's error against 0.05 elsewhere: edges are few
-    tolerance = 0.0075
+    outputs, positive = 1, 0.95  # an edge's error weighs 0.95, any other 0.05: edges are few
     thresholds = torch.arange(1, 20) / 20  # 0.05, 0.10 ... 0.95
-
     valid, best_constant, colours = Saliency.valid, Saliency.best_constant, Saliency.colours
 
     def totals(self, label: Tensor) -> Tensor:
@@ -162,9 +159,8 @@ class Edge:
         return (error * balance * self.valid(label)).sum() / pixels.clamp(min=1)
 
     def sums(self, pred: Tensor, label: Tensor) -> Tensor:
-        """Per threshold: predicted pixels, those that are right, true pixels, those found; (4*19).
-        """
-        reach = max(1, round(self.tolerance * math.hypot(*label.shape[1:])))
+        """Per threshold: predicted pixels, those that are right, true ones, those found, (4*19)."""
+        reach = max(1, round(0.0075 * math.hypot(*label.shape[1:])))
 
         def near(x: Tensor) -> Tensor:  # (..., B, H, W) -> where x is true within reach
             return F.max_pool2d(x.float(), 2 * reach + 1, stride=1, padding=reach) > 0
@@ -180,9 +176,7 @@ class Edge:
     def metrics(self, sums: Tensor) -> dict[str, float]:
         """F of the best threshold, with its precision and recall."""
         found, right, true, met = sums.reshape(4, -1)
-        if not true[0] > 0:
-            return dict.fromkeys(("F", "precision", "recall"), math.nan)
-        precision, recall = right / found.clamp(min=1), met / true
+        precision, recall = right / found.clamp(min=1), met / true  # NaN without any true edge
         f = 2 * precision * recall / (precision + recall).clamp(min=1e-9)
         best = f.argmax()
         return {"F": f[best].item(), "precision": precision[best].item(),

@@ -112,19 +112,20 @@ def test_edges_equal_their_definition():
     pred = torch.randn(2, 1, 9, 140, generator=g) + 2 * (label[:, None] == 1)
     task, scores = Edge(), []
     for k in range(1, 20):
-        found = {tuple(p) for p in ((pred[:, 0].sigmoid() >= k / 20) & (label != 255)).nonzero()
-                 .tolist()}
-        true = {tuple(p) for p in (label == 1).nonzero().tolist()}
-        near = [{(b, y + dy, x + dx) for b, y, x in pixels for dy in (-1, 0, 1) for dx in (-1, 0, 1)}
-                for pixels in (found, true)]
-        precision, recall = len(found & near[1]) / max(1, len(found)), len(true & near[0]) / len(true)
+        found, true = ({tuple(p) for p in mask.nonzero().tolist()} for mask in (
+            (pred[:, 0].sigmoid() >= k / 20) & (label != 255), label == 1))
+        near = [{(b, y + dy, x + dx) for b, y, x in pixels
+                 for dy in (-1, 0, 1) for dx in (-1, 0, 1)} for pixels in (found, true)]
+        precision = len(found & near[1]) / max(1, len(found))
+        recall = len(true & near[0]) / len(true)
         scores.append((2 * precision * recall / max(precision + recall, 1e-9), precision, recall))
     expected = dict(zip(("F", "precision", "recall"), max(scores)))
     assert task.metrics(task.sums(pred, label)) == pytest.approx(expected, rel=1e-5)
     pieces = sum(task.sums(pred[i:i + 1], label[i:i + 1]) for i in (1, 0))
     assert task.metrics(pieces) == pytest.approx(expected, rel=1e-5)
-    error = [-0.95 * math.log(q) if y else -0.05 * math.log(1 - q) for q, y in
-             zip(pred[:, 0].sigmoid()[label != 255].tolist(), label[label != 255].tolist()) if y < 2]
+    chance = pred[:, 0].sigmoid()[label != 255].tolist()
+    error = [-0.95 * math.log(q) if y else -0.05 * math.log(1 - q)
+             for q, y in zip(chance, label[label != 255].tolist())]
     assert task.loss(pred, label).item() == pytest.approx(sum(error) / len(error), rel=1e-4)
     thick = F.max_pool2d((label[:1, None] == 1).float(), 5, 1, 2)[:, 0]  # two pixels off is wrong
     found = task.metrics(task.sums(20 * thick[:, None] - 10, label[:1]))
