@@ -176,7 +176,9 @@ class Edge:
     def metrics(self, sums: Tensor) -> dict[str, float]:
         """F of the best threshold, with its precision and recall."""
         found, right, true, met = sums.reshape(4, -1)
-        precision, recall = right / found.clamp(min=1), met / true  # NaN without any true edge
+        if not true[0] > 0:  # no label, or NaN
+            return dict.fromkeys(("F", "precision", "recall"), math.nan)
+        precision, recall = right / found.clamp(min=1), met / true
         f = 2 * precision * recall / (precision + recall).clamp(min=1e-9)
         best = f.argmax()
         return {"F": f[best].item(), "precision": precision[best].item(),
