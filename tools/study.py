@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +43,6 @@ from util.run import one_line_errors, progress
 
 # --- what is asked, fixed before the reported seeds were run --------------------------------------
 CHOICE, REPORTED, PAIRED = (0,), (10, 11, 12, 13, 14), (10, 11)  # seeds; for pairs of tasks
-FACTORS = (1 / 3, 1, 3)  # the grid of every arm: times the recipe's learning rate
 SETTINGS = {"rooms": ("--tasks semseg,human_parts,sal,depth,normals --rank 20 --batch-size 4 "
                       "--train-rooms 300 --epochs 2 --eval-every 2 --val-rooms 256")}
 ALONE = ("single-full", "single-lora")  # a network for each task
@@ -148,10 +147,9 @@ class Study:
 
     def complete(self, wanted: dict[str, tuple[list[str], list | None]]) -> None:
         """Do those of the `wanted` runs, {name: (flags, tree)}, that are not done yet."""
-        missing = {name: job for name, job in wanted.items() if name not in self.runs}
-        start = time.monotonic()
-        running = {self.pool.submit(perform, self.flags, *job, self.out / name): name
-                   for name, job in missing.items()}
+        missing, start = [name for name in wanted if name not in self.runs], time.monotonic()
+        running = {self.pool.submit(perform, self.flags, *wanted[name], self.out / name): name
+                   for name in missing}
         try:
             for done, future in enumerate(as_completed(running), 1):
                 name, run = running[future], future.result()
@@ -172,8 +170,8 @@ class Study:
     def arm(self, arm: str, seed: int, rate: float | None = None) -> dict:
         """The runs of an arm and a seed, as `complete` wants them; rate: of the grid, or chosen."""
         tasks, where = self.config.tasks, f"at {rate:.4g}/" if rate else ""
-        rate = rate or self.rates[arm]
-        flags = [*f"--seed {seed} --lr {rate:.4g}".split(), *ARMS[arm](self.config).split()]
+        flags = [*f"--seed {seed} --lr {rate or self.rates[arm]:.4g}".split(),
+                 *ARMS[arm](self.config).split()]
         if arm in ALONE:
             return {f"{where}{arm}/{seed}-{t}": ([*flags, "--tasks", t], None) for t in tasks}
         tree, similarity = None, self.runs[f"similarity/{seed}"]["similarity"]
@@ -191,23 +189,33 @@ class Study:
                 "trainable": sum(run["trainable"] for run in runs)}
 
     def choose_rates(self, arms: Sequence[str]) -> None:
-        """Each arm's rate of the grid, by the mean delta-m over the seeds of choice."""
-        grid = [self.config.lr * factor for factor in FACTORS]
-        self.complete({name: job for rate in grid for seed in CHOICE for arm in arms
-                       for name, job in self.arm(arm, seed, rate).items()})
-        baseline = mean_results([self.results(arms[0], seed, self.config.lr) for seed in CHOICE])
+        """Each arm's rate, by the mean delta-m over the seeds of choice.
+
+        The recipe's and a third of it are tried, then, by factors of 3, whatever lies beyond the
+        better end, until it gets worse: the same rule for every arm.
+        """
+        lr = self.config.lr
+        grids, wider = {arm: [lr / 3, lr] for arm in arms}, list(arms)
 
         def gain(arm: str, rate: float) -> float:
             found = [self.results(arm, seed, rate) for seed in CHOICE]
             return (-math.inf if None in found else
                     statistics.mean(delta_m(run["results"], baseline) for run in found))
 
+        while wider:
+            self.complete({name: job for arm in wider for rate in grids[arm] for seed in CHOICE
+                           for name, job in self.arm(arm, seed, rate).items()})
+            baseline = mean_results([self.results(arms[0], seed, lr) for seed in CHOICE])
+            self.rates.update({arm: max(grids[arm], key=partial(gain, arm)) for arm in wider})
+            wider = [arm for arm in wider if len(grids[arm]) < 6
+                     and self.rates[arm] in (grids[arm][0], grids[arm][-1])]
+            for arm in wider:
+                factor = 1 / 3 if self.rates[arm] == grids[arm][0] else 3
+                grids[arm] = sorted([*grids[arm], factor * self.rates[arm]])
         for arm in arms:
-            gains = {rate: gain(arm, rate) for rate in grid}
-            self.rates[arm] = max(gains, key=gains.get)
-            print(f"{arm:<14}" + "".join(f"  {rate:.4g}: {value:+.2f} %"
-                                         + " *" * (rate == self.rates[arm])
-                                         for rate, value in gains.items()))
+            print(f"{arm:<14}" + "".join(
+                f"  {rate:.4g}: {gain(arm, rate):+.2f} %" + " *" * (rate == self.rates[arm])
+                for rate in grids[arm]))
 
 
 def judge(what: str, mean: float, low: float, high: float) -> None:
@@ -309,8 +317,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.table:
             methods, dataset = collect_runs(args.table, args.last)
             baseline = find_baseline(args.baseline, methods, dataset) if args.baseline else None
-            print(format_runs(methods, baseline, "last" if args.last else "best"))
-            return
+            return print(format_runs(methods, baseline, "last" if args.last else "best"))
         dataset = parse_arguments(flags).dataset
         if args.quick:
             args.arms, args.seeds = QUICK, REPORTED[:1]
