@@ -248,3 +248,22 @@ def test_a_run_that_fails_is_told(tmp_path, capsys):
         study.main([*TINY, "--out", str(tmp_path / "s"), "--arms", "mtl-lora", "--seeds", "10",
                     "--rates", str(rates), "--jobs", "1"])
     assert "not finite" in numbers(tmp_path / "s")["mtl-lora/10"]["failed"]
+
+
+# --- docs/STUDY.md --------------------------------------------------------------------------------
+def test_the_page_says_what_its_runs_say(tmp_path, capsys):
+    """Every line that `tools.study` prints of docs/study_rooms.json is in docs/STUDY.md."""
+    docs = Path(__file__).parent.parent / "docs"
+    state = (docs / "study_rooms.json").read_text()
+    (tmp_path / "study.json").write_text(state)
+    study.main(["--out", str(tmp_path)])
+    printed = capsys.readouterr().out.splitlines()
+    page = (docs / "STUDY.md").read_text().splitlines()
+    assert len(printed) > 40 and printed[-1].startswith("wrote")
+    assert [line for line in printed[:-1] if line not in page] == []
+    assert (tmp_path / "study.json").read_text() == state  # nothing had to be run
+    drawn = [(np.array(Image.open(path)) == (255, 165, 0)).all(-1)
+             for path in (tmp_path / "study.png", docs.parent / "assets/study.png")]
+    assert (drawn[0] == drawn[1]).all() and drawn[0].any()
+    best = json.loads(state)["rates"]
+    assert set(best) == set(study.ARMS)

@@ -44,7 +44,8 @@ from util.run import one_line_errors, progress
 # --- what is asked, fixed before the reported seeds were run --------------------------------------
 CHOICE, REPORTED, PAIRED = (0,), (10, 11, 12, 13, 14), (10, 11)  # seeds; for pairs of tasks
 SETTINGS = {"rooms": ("--tasks semseg,human_parts,sal,depth,normals --rank 20 --batch-size 4 "
-                      "--train-rooms 300 --epochs 2 --eval-every 2 --val-rooms 256")}
+                      "--train-rooms 300 --epochs 2 --eval-every 2 --val-rooms 256 "
+                      "--sim-images 128")}
 ALONE = ("single-full", "single-lora")  # a network for each task
 ARMS: dict[str, Callable[[argparse.Namespace], str]] = {  # the study's flags -> the arm's
     "single-full": lambda c: "--method full",  # the first is delta-m's baseline
