@@ -24,8 +24,7 @@ class Decoder(nn.Module):
         width = sum(fused)
         self.fuse = nn.ModuleList(nn.Conv2d(c, f, 1, bias=False)
                                   for c, f in zip(in_channels, fused, strict=True))
-        self.head = nn.Sequential(nn.Conv2d(width, 4 * width, 1), nn.BatchNorm2d(4 * width),
-                                  nn.ReLU(), nn.Conv2d(4 * width, outputs, 1))
+        self.head = make_head(width, outputs)
 
     def forward(self, maps: Sequence[Tensor], size: Sequence[int]) -> Tensor:
         """maps: four (B, h, w, c); size: (H, W) of the image -> (B, outputs, H, W)."""
@@ -34,3 +33,9 @@ class Decoder(nn.Module):
         fused = [F.interpolate(x, first, mode="bilinear") for x in fused]
         x = self.head(torch.cat(fused, 1))          # (B, outputs, h, w)
         return F.interpolate(x, tuple(size), mode="bilinear")  # (B, outputs, H, W)
+
+
+def make_head(width: int, outputs: int) -> nn.Sequential:
+    """(B, width, h, w) -> (B, outputs, h, w), through four times as many channels."""
+    return nn.Sequential(nn.Conv2d(width, 4 * width, 1), nn.BatchNorm2d(4 * width), nn.ReLU(),
+                         nn.Conv2d(4 * width, outputs, 1))

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import mtlora
+from bdta import BDTANet
 from decoders import FUSED, Decoder
 from grouping import Partition, check_tree, routing
 from swin import build_swin, load_weights
@@ -108,8 +109,14 @@ def mtlora_net(backbone: nn.Module, tasks: Sequence, tree: Sequence[Partition],
     return model
 
 
+def bdta(backbone: nn.Module, tasks: Sequence, tree: Sequence[Partition],
+         config: Any) -> BDTANet:
+    """BDTA + MoTE, beside a backbone that is not trained and has no groups."""
+    return BDTANet(backbone, tasks, config.reduction)
+
+
 METHODS: dict[str, Callable[..., nn.Module]] = {
-    "tglora": tglora, **dict.fromkeys(mtlora.METHODS, mtlora_net),
+    "tglora": tglora, **dict.fromkeys(mtlora.METHODS, mtlora_net), "bdta": bdta,
     "full": full, "decoders": decoders_only}
 
 
