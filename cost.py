@@ -27,12 +27,14 @@ from util.run import one_line_errors
 
 
 def ledger(model: nn.Module) -> dict[str, int]:
-    """Parameters that are trained: adapters, decoders, others (of the backbone), and in all."""
+    """Parameters that are trained: adapters (or what else a method adds), decoders, others (of the
+    backbone), and in all."""
     count = {"adapters": 0, "decoders": 0, "others": 0}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            kind = ("adapters" if "lora_" in name else
-                    "decoders" if name.startswith("decoders.") else "others")
+            kind = ("decoders" if name.startswith("decoders.") else
+                    "others" if name.startswith("backbone.") and "lora_" not in name else
+                    "adapters")
             count[kind] += p.numel()
     return {**count, "trainable": sum(count.values()),
             "total": sum(p.numel() for p in model.parameters())}

@@ -37,5 +37,5 @@ class Decoder(nn.Module):
 
 def make_head(width: int, outputs: int) -> nn.Sequential:
     """(B, width, h, w) -> (B, outputs, h, w), through four times as many channels."""
-    return nn.Sequential(nn.Conv2d(width, 4 * width, 1), nn.BatchNorm2d(4 * width), nn.ReLU(),
-                         nn.Conv2d(4 * width, outputs, 1))
+    return nn.Sequential(nn.Conv2d(width, 4 * width, 1), nn.BatchNorm2d(4 * width),
+                         nn.ReLU(inplace=True), nn.Conv2d(4 * width, outputs, 1))

@@ -26,7 +26,7 @@ import cost
 from data import ToDevice, loader, open_dataset, warp
 from tools.export import export_backbone, export_merged
 from util.checkpoint import load_run
-from util.report import draw_photos, format_table
+from util.report import draw_photos, format_gates, format_table, watch_gates
 from util.run import amp_dtype, one_line_errors, pick_device
 
 Predict = Callable[[Tensor], dict[str, Tensor]]  # image (B, 3, H, W) -> {task: prediction}
@@ -167,11 +167,14 @@ def evaluate_checkpoint(args: argparse.Namespace) -> str:
         return "\n".join(f"wrote {path}" for path in paths)
     dataset = open_dataset(config, "val")
     batches = ToDevice(loader(dataset, [[i] for i in range(len(dataset))], config.workers), device)
+    gates = watch_gates(model)  # none but of bdta
     outcome = evaluate(predict, tasks, batches, size)
     outcome["reference"] = reference(tasks, batches, size)
+    outcome["gates"] = [torch.stack(seen).mean(0).tolist() for seen in gates]  # of each stage
     if args.json:
         return json.dumps(outcome)
-    return format_table(tasks, outcome, outcome["reference"], size)
+    return (format_table(tasks, outcome, outcome["reference"], size)
+            + format_gates(config.tasks, outcome["gates"]))
 
 
 def main(argv: list[str] | None = None) -> None:

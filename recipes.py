@@ -2,7 +2,8 @@
 
     python train.py --dataset nyud --help       # the flags, with that dataset's defaults
 
-A recipe's keys are names of flags. Sections and tables are those of arXiv 2509.19602.
+A recipe's keys are names of flags. Sections and tables are those of arXiv 2509.19602, where no
+other paper is named.
 """
 
 import argparse
@@ -20,11 +21,11 @@ from tglora import split_rank
 from util.checkpoint import read_results
 
 COMMON = dict(
-    method="tglora",
     warmup=20 / 300,        # share of the run before the peak: 20 epochs of the paper's 300
     weight_decay=0.05,      # section 7; not on 1-D weights and bias tables
     clip=5.0,               # norm of the gradient; the published MTLoRA's
     accumulate=1,           # parts that a batch is computed in
+    reduction=4,            # r of BDTA, the default of its paper
     head_lr=2e-3,           # of the decoders before the similarity, at first; ours
     normalize="none",       # eq. 2 as printed, the plain cosine
     log_every=10,           # steps
@@ -93,6 +94,15 @@ RECIPES = {
     ),
 }
 
+BDTA = dict(                # --method bdta on nyud and pascal: section 4.1 of its paper
+    batch_size=8,           # images a step, on one GPU
+    lr=4e-4,                # peak
+    weight_decay=1e-4,
+    warmup=0.0,             # its text names a cosine and no warm-up
+    dropout=0.0,            # ours, as is the next: it names neither, and drop path would
+    drop_path=0.0,          # only disturb a backbone that does not learn
+)
+
 
 # --- how flags are written ------------------------------------------------------------------------
 def size_pair(text: str) -> tuple[int, int]:
@@ -125,11 +135,12 @@ def names(text: str) -> list[str]:
     return text.split(",")
 
 
-def make_parser(dataset: str, shared: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """The flags under their headings, with the defaults of `dataset`'s recipe."""
+def make_parser(dataset: str, method: str,
+                shared: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The flags under their headings, with the defaults of the recipe of `dataset` and `method`."""
     parser = argparse.ArgumentParser(
         description="Train TGLoRA on a CPU, a GPU, or several (torchrun). The defaults shown are "
-        f"those of {dataset}.",
+        f"those of {dataset} with --method {method}.",
         parents=[shared], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     switch = argparse.BooleanOptionalAction
 
@@ -151,10 +162,9 @@ def make_parser(dataset: str, shared: argparse.ArgumentParser) -> argparse.Argum
     add = parser.add_argument_group("network").add_argument
     add("--backbone", help="preset of swin.py: mini, tiny, small, base")
     add("--weights", help="imagenet, torchvision, none (random) or a Swin checkpoint's path")
-    add("--method", choices=METHODS,
-        help="adapters on a frozen backbone, full fine-tuning, or the decoders alone")
     add("--rank", type=int, help="combined rank of a layer's adapters, split by group size")
     add("--last-rank", type=int, help="the last stage's combined rank is this times the tasks")
+    add("--reduction", type=int, help="bdta: its bypass has so many times fewer channels")
     add("--layers", choices=("attn", "attn+mlp", "attn+mlp+others"), help="what is adapted")
     add("--without", type=names, default=[],
         help="layers that get no adapter, by the ends of their names: mlp.fc1,mlp.fc2")
@@ -197,22 +207,29 @@ def make_parser(dataset: str, shared: argparse.ArgumentParser) -> argparse.Argum
         help="steps between log lines; each epoch ends with one too")
     add("--baseline", nargs="+", help="metrics.json of the single-task runs, one or one a task: "
         "best.pt is then the best by delta-m")
-    parser.set_defaults(**RECIPES[dataset], out=f"runs/{dataset}")
+    recipe = RECIPES[dataset]
+    if method == "bdta" and dataset != "rooms":  # the demonstration's few steps are its own
+        recipe = {**recipe, **BDTA}
+    parser.set_defaults(**recipe, out=f"runs/{dataset}")
     return parser
 
 
 AT_LEAST_1 = ("epochs", "batch_size", "accumulate", "rank", "sim_images", "head_epochs",
-              "eval_every", "log_every", "train_rooms", "val_rooms")
+              "eval_every", "log_every", "train_rooms", "val_rooms", "reduction")
 AT_LEAST_0 = ("lr", "head_lr", "warmup", "dropout", "drop_path", "weight_decay", "clip", "rotate",
               "workers")
 BELOW_1 = ("warmup", "dropout", "drop_path")
+NOT_OF_BDTA = ("rank", "last_rank", "without", "frozen", "dropout")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """All knobs of a run, defaults from the dataset's recipe. Exits with usage on bad flags."""
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--dataset", choices=sorted(RECIPES), default="rooms", help="to train on")
-    parser = make_parser(shared.parse_known_args(argv)[0].dataset, shared)
+    shared.add_argument("--method", choices=METHODS, default="tglora", help="adapters in a frozen "
+        "backbone or, bdta, beside it; full fine-tuning; the decoders alone")
+    first, _ = shared.parse_known_args(argv)  # these two choose the recipe
+    parser = make_parser(first.dataset, first.method, shared)
     config = parser.parse_args(argv)
     if not config.groups:  # without adapters there is nothing to group
         config.groups = (paper_groups(len(config.tasks)) if config.method == "tglora"
@@ -233,6 +250,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         if config.layers != parser.get_default("layers"):
             parser.error(f"--layers goes with --method tglora; {config.method} says itself what "
                          "it adapts")
+    for name in NOT_OF_BDTA if config.method == "bdta" else ("reduction",):
+        if getattr(config, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} does not go with --method {config.method}; "
+                         "the size of bdta's bypass is --reduction, of adapters --rank")
     return config
 
 

@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw  # comes with torchvision
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.utils import make_grid, save_image
 
+from bdta import Router
 from data import ToDevice, collate, warp
 from datasets.labels import read_image
 from tasks import delta_m, make_tasks
@@ -48,6 +49,29 @@ def format_table(tasks: list, found: dict, reference: dict, size: tuple[int, int
             rows.append(f"{task.name:<13}the prediction is not a number (NaN) at {nan:,} of "
                         f"{pixels:,} valid pixels, and so are the metrics")
     return "\n".join(rows)
+
+
+def watch_gates(model: nn.Module) -> list[list[Tensor]]:
+    """A list for each of MoTE's routers, to which every image from now on adds its gates (T, T)."""
+    watched = []
+    for router in model.modules():
+        if isinstance(router, Router):
+            seen = []
+            router.register_forward_hook(
+                lambda module, inputs, gates, seen=seen: seen.extend(gates.detach().cpu()))
+            watched.append(seen)
+    return watched
+
+
+def format_gates(names: list[str], stages: list[list[list[float]]]) -> str:
+    """Lines to add to the table: each stage's mean gates, what a row's task takes of each expert.
+    """
+    rows = []
+    for i, gates in enumerate(stages, 1):
+        rows.append(f"{f'gates {i}':<13}" + "".join(f"{name:>13}" for name in names))
+        rows += [f"{name:<13}" + "".join(f"{gate:>13.4f}" for gate in row)
+                 for name, row in zip(names, gates)]
+    return "".join(f"\n{row}" for row in rows)
 
 
 # --- pictures -------------------------------------------------------------------------------------
