@@ -142,8 +142,9 @@ class BDTA(nn.Module):
         """bypass (T*B, H, W, C), or (B, H, W, C) one for all tasks; main (B, H, W, C)
         -> (T*B, H, W, C)."""
         task, general = self.bypass_proj(bypass), self.main_proj(main)
-        T, B = self.num_tasks, len(main)
-        task, general = (x.repeat(T * B // len(x), 1, 1, 1) for x in (task, general))
+        if bypass.shape[0] == main.shape[0]:                            # the first stage
+            task = task.repeat(self.num_tasks, 1, 1, 1)
+        general = general.repeat(self.num_tasks, 1, 1, 1)
         adapted = []
         if "g2t" in self.directions:
             task = self.directions["g2t"](task, general)

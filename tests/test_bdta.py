@@ -316,6 +316,7 @@ def test_an_image_does_not_depend_on_its_batch():
             torch.testing.assert_close(together[name][i:i + 1], pred, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 def test_the_network_compiles_without_a_graph_break():
     """torch.compile's tracing alone: one graph, and the same predictions."""
     model, x = network().eval(), torch.randn(2, 3, 56, 84)
