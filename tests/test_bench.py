@@ -20,7 +20,7 @@ def test_every_part_prints_its_rows(tmp_path, capsys, nyud_archive, monkeypatch)
         "Swin-T", "training", "inference", "similarity"}
     found = {(row["section"], row["row"]): row for row in rows}
     steps = {name: row for (section, name), row in found.items() if section == "training step"}
-    assert len(steps) == 7 and steps["full"]["peak_gib"] == 1.5
+    assert len(steps) == 8 and steps["full"]["peak_gib"] == 1.5
     one, tree = steps["1,1,1,1 (MTL-LoRA)"], steps["1,2,3,4 (TGLoRA)"]
     assert one["ratio"] == 1 and tree["ratio"] == pytest.approx(tree["ms"] / one["ms"])
     assert tree["gmacs"] > 1.5 * one["gmacs"] > 0

@@ -43,7 +43,8 @@ def test_what_can_be_copied_alone_imports_nothing_of_ours():
 
 @pytest.mark.parametrize("name, never", [
     ("eval", {"train"}), ("model", {"recipes", "train", "eval", "data"}),
-    ("data", {"train", "eval", "recipes", "model"}), ("mtlora", {"model", "swin"})])
+    ("data", {"train", "eval", "recipes", "model"}), ("mtlora", {"model", "swin"}),
+    ("bdta", {"model", "swin", "tglora"})])
 def test_imports_point_down(name, never):
     """What a module is built on never needs it, directly or by others."""
     reached, new = set(), {name}
@@ -55,7 +56,7 @@ def test_imports_point_down(name, never):
 
 def test_the_network_and_the_data_know_no_command_line():
     """Concepts and data take their knobs as an object with attributes."""
-    for name in [*ALONE, "model", "mtlora", "data", "datasets.labels", "datasets.archives"]:
+    for name in [*ALONE, "model", "mtlora", "bdta", "data", "datasets.labels", "datasets.archives"]:
         assert "argparse" not in NAMES[name].read_text(), name
 
 

@@ -230,6 +230,7 @@ ELSEWHERE = {
     "dataset", "method", "out", "resume", "baseline", "tree",  # test_train.py, test_mtlora.py
     "seed",                                                    # test_reference_run.py
     "tree_only",                                               # test_similarity.py
+    "reduction",                                               # test_bdta.py
     "backbone", "data_root", "download"}                       # below
 
 

@@ -43,7 +43,8 @@ from util.run import amp_dtype, memory_gib, pick_device
 
 NETWORKS = {"1,1,1,1 (MTL-LoRA)": "--groups 1,1,1,1", "1,2,3,4 (TGLoRA)": "--groups 1,2,3,4",
             "4,4,4,4": "--groups 4,4,4,4", "MTLoRA": "--method mtlora"}
-STEPS = {**NETWORKS, "full": "--method full", "decoders": "--method decoders"}
+STEPS = {**NETWORKS, "BDTA + MoTE": "--method bdta", "full": "--method full",
+         "decoders": "--method decoders"}
 
 
 def network(args: argparse.Namespace, flags: str) -> tuple[nn.Module, list, argparse.Namespace]:
@@ -69,8 +70,8 @@ def step_of(args: argparse.Namespace, flags: str, compiled: bool = False) -> tup
     """A function that does one training step, and the GMACs of it."""
     model, tasks, config = network(args, flags)
     macs = count_macs(model, (args.size, args.size))
-    if "decoders" in flags:  # the backbone runs forward alone
-        work = macs["macs_all"] + 2 * decoder_macs(model, args.size)
+    if "decoders" in flags or "bdta" in flags:  # the backbone runs forward alone
+        work = macs["macs_all"] + 2 * macs_beside(model, args.size)
     else:
         work = macs["macs_all"] * (3 if "full" in flags else 2)
     if compiled:
@@ -89,7 +90,8 @@ def trainer(args: argparse.Namespace, model: nn.Module, tasks: list,
                    team=Team(args.device))
 
 
-def decoder_macs(model: nn.Module, size: int) -> int:
+def macs_beside(model: nn.Module, size: int) -> int:
+    """Of decoders and, for bdta, the bypass."""
     whole = count_macs(model, (size, size))["macs_all"]
     return whole - count_macs(model.backbone, (size, size))["macs_all"]
 
@@ -177,7 +179,7 @@ def backbone(args: argparse.Namespace, rate: float) -> Iterator[dict]:
 
 
 def step(args: argparse.Namespace, rate: float) -> Iterator[dict]:
-    """One training step of four tasks: three trees, MTLoRA, no adapters, a backbone for each."""
+    """One training step of four tasks: three trees, MTLoRA, BDTA, no adapters, each its backbone."""
     memory = {name: peak(args, flags) for name, flags in STEPS.items()}
     sides = {name: step_of(args, flags) for name, flags in STEPS.items()}
     single = [step_of(args, f"--tasks {task} --rank 16")
