@@ -69,21 +69,20 @@ class DeformableAttention(nn.Module):
         (H, W), (h, P) = query.shape[1:3], (self.heads, self.points)
         v = self.value_proj(value).unflatten(3, (h, -1))        # (B, H', W', h, C/h)
         v = v.permute(0, 3, 4, 1, 2).flatten(0, 1)              # (B*h, C/h, H', W')
-        offset = self.sampling_offsets(query).unflatten(3, (h, P, 2))
-        weight = self.attention_weights(query).unflatten(3, (h, P)).softmax(-1)
-        # From -1, the edge of the first pixel, to 1, the edge of the last; in float32 under
-        # autocast, as half the digits would be half a pixel.
+        dx, dy = self.sampling_offsets(query).unflatten(3, (h, P, 2)).unbind(-1)
+        weight = self.attention_weights(query).unflatten(3, (h, P)).softmax(-1)  # (B, H, W, h, P)
+        # grid_sample's places: -1 is the edge of the first pixel, 1 that of the last. In float32
+        # also under autocast, as bfloat16's digits would be half a pixel.
         place = dict(device=query.device, dtype=torch.promote_types(query.dtype, torch.float32))
         y, x = ((2 * torch.arange(n, **place) + 1) / n - 1 for n in (H, W))  # the queries' centres
-        centre = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)        # (H, W, 2)
-        pixel = 2 / torch.tensor(value.shape[2:0:-1], **place)               # W', H'
-        grid = centre[:, :, None, None] + offset * pixel                     # (B, H, W, h, P, 2)
+        grid = torch.stack([x[:, None, None] + dx * (2 / value.shape[2]),
+                            y[:, None, None, None] + dy * (2 / value.shape[1])], -1)
         grid = grid.permute(0, 3, 1, 2, 4, 5).flatten(0, 1).flatten(1, 2)    # (B*h, H*W, P, 2)
         weight = weight.permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1, 2)   # (B*h, H*W, P)
         v = F.grid_sample(v.to(grid.dtype), grid, align_corners=False)       # (B*h, C/h, H*W, P)
-        y = (v * weight[:, None]).sum(-1)                                    # (B*h, C/h, H*W)
-        y = y.unflatten(0, (-1, h)).flatten(1, 2).unflatten(2, (H, W))       # (B, C, H, W)
-        return self.output_proj(y.permute(0, 2, 3, 1))
+        out = (v * weight[:, None]).sum(-1)                                  # (B*h, C/h, H*W)
+        out = out.unflatten(0, (-1, h)).flatten(1, 2).unflatten(2, (H, W))   # (B, C, H, W)
+        return self.output_proj(out.permute(0, 2, 3, 1))
 
 
 class FeedForward(nn.Module):

@@ -91,6 +91,18 @@ def test_the_papers_rows_are_what_the_flags_give():
             assert paper in (trained, cut) or name in NOT_REPRODUCED, (dataset, name, flags)
 
 
+def test_the_rows_of_bdtas_paper_are_what_the_flags_give():
+    """Parameters of its tables 1, 2 and 5, of three backbones; but for its full and decoders rows.
+    """
+    rows = re.findall(rf"`(--method [^`]*)` \| {NUMBER} \| [^|]* \| {NUMBER} \|$",
+                      DOCS["RESULTS"].partition("BDTA + MoTE's paper")[2], re.M)
+    assert len(rows) == 11
+    for flags, trained, paper in rows:
+        found = costs("--dataset", "pascal", *flags.split())["trainable"]
+        assert f"{found / 1e6:.2f}" == trained, flags
+        assert paper == trained or flags in ("--method full", "--method decoders"), flags
+
+
 def test_the_rows_of_the_readme_are_those_of_the_results():
     """README's short table repeats the first row of that name of each dataset."""
     table = re.findall(rf"^\| ([^|]+) \| {NUMBER}, {NUMBER} \| ([-+\d.]+) \| {NUMBER}, {NUMBER} "

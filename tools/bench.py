@@ -179,7 +179,7 @@ def backbone(args: argparse.Namespace, rate: float) -> Iterator[dict]:
 
 
 def step(args: argparse.Namespace, rate: float) -> Iterator[dict]:
-    """One training step of four tasks: three trees, MTLoRA, BDTA, no adapters, each its backbone."""
+    """One training step of four tasks: three trees, MTLoRA, BDTA, no adapters, a network each."""
     memory = {name: peak(args, flags) for name, flags in STEPS.items()}
     sides = {name: step_of(args, flags) for name, flags in STEPS.items()}
     single = [step_of(args, f"--tasks {task} --rank 16")
