@@ -63,6 +63,9 @@ def test_all_macs_equal_pytorchs_counter(switches):
         model.eval()(torch.randn(1, 3, 112, 112))
     found = cost.count_macs(model, (112, 112))["macs_all"]
     assert found > counter.get_total_flops() / 2 == pytest.approx(found, rel=0.03)
+    maps = torch.zeros(3 * 2, 4, 5, 16)  # the mixture: three products an output
+    mixed = model.experts[0].product_macs(maps)
+    assert mixed == (0 if switches else 3 * (3 * 2 * 4 * 5) * 16)
 
 
 # --- deformable attention -------------------------------------------------------------------------
@@ -266,6 +269,16 @@ def test_nothing_flows_through_the_backbone():
     for name, p in model.named_parameters():
         assert p.requires_grad != name.startswith("backbone."), name
         assert (p.grad is not None) == p.requires_grad, name
+
+
+def test_the_bypass_is_trained_through_the_mergings():
+    """What the last stage's experts alone ask for reaches the first stage's module."""
+    model = network()
+    for experts in model.experts[:3]:
+        for fuse in experts.fuse:
+            nn.init.zeros_(fuse.weight)
+    model(torch.randn(2, 3, 64, 64))["depth"].square().mean().backward()
+    assert model.bypass[0].output_proj.weight.grad.abs().max() > 0
 
 
 def test_what_is_kept_for_the_gradient_does_not_grow_with_the_backbone():
