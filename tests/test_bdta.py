@@ -417,7 +417,8 @@ def test_the_whole_way_on_rooms(tmp_path, monkeypatch, capsys):
     eval.main(["--checkpoint", best, "--device", "cpu"])
     *_, head, semseg, depth, normals = capsys.readouterr().out.splitlines()
     assert head.split() == ["gates", "4", *NAMES]
-    assert depth.split() == ["depth", *(f"{gate:.4f}" for gate in found["gates"][3][1])]
+    for name, row, line in zip(NAMES, found["gates"][3], (semseg, depth, normals)):
+        assert line.split() == [name, *(f"{gate:.4f}" for gate in row)]
 
 
 @pytest.mark.parametrize("dataset", ["nyud", "pascal"])
