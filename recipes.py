@@ -219,7 +219,7 @@ AT_LEAST_1 = ("epochs", "batch_size", "accumulate", "rank", "sim_images", "head_
 AT_LEAST_0 = ("lr", "head_lr", "warmup", "dropout", "drop_path", "weight_decay", "clip", "rotate",
               "workers")
 BELOW_1 = ("warmup", "dropout", "drop_path")
-NOT_OF_BDTA = ("rank", "last_rank", "without", "frozen", "dropout")
+NOT_OF_BDTA = ("rank", "last_rank", "without", "frozen", "dropout", "fused")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -251,7 +251,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--layers goes with --method tglora; {config.method} says itself what "
                          "it adapts")
     for name in NOT_OF_BDTA if config.method == "bdta" else ("reduction",):
-        if getattr(config, name) != parser.get_default(name):
+        if getattr(config, name) != getattr(parser.parse_args([]), name):
             parser.error(f"--{name.replace('_', '-')} does not go with --method {config.method}; "
                          "the size of bdta's bypass is --reduction, of adapters --rank")
     return config

@@ -371,6 +371,7 @@ def argparse_with(config, **changes):
     ("--method bdta --groups 1,2,3,4", "--groups"), ("--method bdta --tree tree.json", "--tree"),
     ("--method bdta --dropout 0.1", "--dropout"), ("--method bdta --last-rank 2", "--last-rank"),
     ("--method bdta --without mlp.fc1", "--without"), ("--method bdta --frozen norm", "--frozen"),
+    ("--method bdta --fused 1,2,3,4", "--fused"),
     ("--reduction 8", "--reduction"), ("--method mtlora --reduction 2", "--reduction"),
     ("--method bdta --reduction 0", "--reduction")])
 def test_flags_that_do_not_fit_are_refused_by_name(flags, name, capsys):
