@@ -23,9 +23,9 @@ from util.checkpoint import check_space, open_log, read_checkpoint, save, write_
 ROOT = Path(__file__).parent.parent
 TREE = [[["semseg", "depth", "normals"]]] * 2 + [[["semseg", "depth"], ["normals"]],
                                                [["semseg"], ["depth"], ["normals"]]]
-FLAGS = ["--train-rooms", "8", "--val-rooms", "3", "--size", "32", "--rank", "6", "--epochs", "3",
-         "--batch-size", "2", "--dropout", "0.1", "--drop-path", "0.1", "--device", "cpu",
-         "--log-every", "3"]
+FLAGS = ["--tasks", "semseg,depth,normals", "--train-rooms", "8", "--val-rooms", "3", "--size",
+         "32", "--rank", "6", "--epochs", "3", "--batch-size", "2", "--dropout", "0.1",
+         "--drop-path", "0.1", "--device", "cpu", "--log-every", "3"]
 # Children are forked from a server that has imported torch already: 20 runs in seconds.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["train"])

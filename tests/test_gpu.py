@@ -23,7 +23,8 @@ class Trainer:
     """rooms at 112x112 with the demonstration's network; step() returns the losses."""
 
     def __init__(self, amp=None, compiled=False, flags=()):
-        config = train.parse_arguments(["--batch-size", "8", "--lr", "1e-3", *flags])
+        config = train.parse_arguments(["--tasks", "semseg,depth,normals", "--batch-size", "8",
+                                        "--lr", "1e-3", *flags])
         self.config, self.amp, self.team = config, amp, Team(DEVICE)
         self.tasks = make_tasks(config.tasks, CLASSES["rooms"])
         tree = build_tree(np.zeros((3, 3)), config.groups)

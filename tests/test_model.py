@@ -25,7 +25,7 @@ def network(tree=TREE, tasks=TASKS, rank=9, layers="attn+mlp"):
     """A small network whose adapters are not zero."""
     torch.manual_seed(0)
     config = SimpleNamespace(layers=layers, rank=rank, last_rank=None, groups=(1,) * 4, dropout=0.0,
-                             without=[])
+                             without=[], fused=(18, 36, 72, 144))
     model = tglora(build_swin("mini", embed_dim=16), tasks, tree, config)
     for name, p in model.named_parameters():
         if "lora_B" in name:
@@ -154,6 +154,8 @@ def test_the_papers_group_counts_are_the_default():
     assert train.parse_arguments(["--dataset", "nyud"]).groups == (1, 1, 2, 3)
     assert train.parse_arguments(["--tasks", "depth"]).groups == (1, 1, 1, 1)
     assert train.parse_arguments(["--tasks", "a,b,c,d,e"]).groups == (1, 3, 4, 5)
+    assert train.parse_arguments(["--method", "full"]).groups == (1, 1, 1, 1)
+    assert train.parse_arguments([]).groups == (1, 2, 2, 5)  # the demonstration's own choice
 
 
 def test_a_tree_from_a_file_has_its_cost(tmp_path):
@@ -167,7 +169,8 @@ def test_a_tree_from_a_file_has_its_cost(tmp_path):
 
 
 def mtlora_network():
-    config = SimpleNamespace(method="mtlora", rank=48, dropout=0.0, without=[])
+    config = SimpleNamespace(method="mtlora", rank=48, dropout=0.0, without=[],
+                             fused=(18, 36, 72, 144))
     return mtlora_net(build_swin("mini", embed_dim=16), TASKS, None, config).eval()
 
 

@@ -25,7 +25,8 @@ SHARED = [[(0, 1, 2)]] * 4
 def network(method="mtlora", adapters=True):
     """A small network, in evaluation mode; its B are zero, as at the start of training."""
     torch.manual_seed(0)
-    config = SimpleNamespace(method=method, rank=6, dropout=0.0, without=[])
+    config = SimpleNamespace(method=method, rank=6, dropout=0.0, without=[],
+                             fused=(18, 36, 72, 144))
     method = mtlora_net if adapters else decoders_only
     return method(build_swin("mini", embed_dim=16), make_tasks(NAMES, 6), SHARED, config).eval()
 
@@ -87,7 +88,8 @@ def test_the_tasks_maps_are_those_of_the_published_code(published):
     """From the same weights: every stage and task to 1e-4, the last, of large numbers, to 1e-3."""
     names = ["semseg", "normals", "sal", "human_parts"]
     backbone = build_swin("tiny", embed_dim=24, depths=(2, 2, 2, 2), num_heads=(3, 6, 12, 24))
-    config = SimpleNamespace(method="mtlora", rank=8, dropout=0.0, without=[])
+    config = SimpleNamespace(method="mtlora", rank=8, dropout=0.0, without=[],
+                             fused=(18, 36, 72, 144))
     backbone = mtlora_net(backbone, make_tasks(names, 21), None, config).eval().backbone
 
     def our_name(name):
@@ -221,7 +223,8 @@ def test_flags_that_a_method_would_ignore_are_refused(flags, capsys):
 
 
 SMALL = ["--rank", "6", "--epochs", "2", "--device", "cpu", "--log-every", "1", "--dropout", "0.1"]
-ROOMS = [*SMALL, "--train-rooms", "8", "--val-rooms", "3", "--size", "56", "--batch-size", "4"]
+ROOMS = [*SMALL, "--tasks", "semseg,depth,normals", "--train-rooms", "8", "--val-rooms", "3",
+         "--size", "56", "--batch-size", "4"]
 
 
 @pytest.mark.parametrize("method", mtlora.METHODS)

@@ -14,8 +14,9 @@ import train
 from util.parallel import Team
 
 ROOT = Path(__file__).parent.parent
-FLAGS = ["--train-rooms", "16", "--val-rooms", "5", "--size", "56", "--epochs", "2", "--batch-size",
-         "4", "--log-every", "1", "--groups", "1,1,1,3", "--device", "cpu", "--lr", "1e-4"]
+FLAGS = ["--tasks", "semseg,depth,normals", "--train-rooms", "16", "--val-rooms", "5", "--size",
+         "56", "--epochs", "2", "--batch-size", "4", "--log-every", "1", "--groups", "1,1,1,3",
+         "--device", "cpu", "--lr", "1e-4"]
 ONE, TWO = [sys.executable], [sys.executable, "-m", "torch.distributed.run", "--standalone",
             "--nproc_per_node=2"]
 

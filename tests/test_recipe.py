@@ -87,7 +87,8 @@ def test_mtloras_adapters_have_the_same_scale_and_dropout(method):
 def test_what_is_random_at_the_start():
     """A as nn.Linear begins, B zero; a backbone without weights by Swin's 0.02; all by the seed."""
     def start(seed):
-        config = train.parse_arguments(["--weights", "none", "--seed", str(seed)])
+        config = train.parse_arguments(["--tasks", "semseg,depth,normals", "--weights", "none",
+                                        "--seed", str(seed)])
         tasks = make_tasks(config.tasks, 7)
         return build(config, tasks, build_tree(np.zeros((3, 3)), config.groups))
 
@@ -107,7 +108,8 @@ def test_what_is_random_at_the_start():
 
 def test_mtloras_last_blocks_drop_paths_too():
     """With every update dropped, a stage is its patch merging alone, for each group."""
-    config = train.parse_arguments(["--method", "mtlora", "--weights", "none"])
+    config = train.parse_arguments(["--tasks", "semseg,depth,normals", "--method", "mtlora",
+                                    "--weights", "none"])
     model = build(config, make_tasks(config.tasks, 7), [[(0, 1, 2)]] * 4).train()
     for drop in modules(model, StochasticDepth):
         drop.p = 1.0

@@ -326,8 +326,9 @@ def test_the_matrix_is_printed_in_columns():
 
 
 # --- as a user runs it ----------------------------------------------------------------------------
-SMALL = ["--train-rooms", "8", "--val-rooms", "2", "--size", "56", "--sim-images", "6",
-         "--head-epochs", "2", "--batch-size", "2", "--device", "cpu", "--tree-only"]
+SMALL = ["--tasks", "semseg,depth,normals", "--train-rooms", "8", "--val-rooms", "2", "--size",
+         "56", "--sim-images", "6", "--head-epochs", "2", "--batch-size", "2", "--device", "cpu",
+         "--tree-only"]
 
 
 def test_the_order_of_tasks_changes_names_alone(tmp_path, capsys):

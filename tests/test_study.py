@@ -155,7 +155,7 @@ def test_the_picture_has_every_seed(tmp_path):
 # --- the study ------------------------------------------------------------------------------------
 def test_what_was_asked():
     """Fixed before the reported seeds: no seed chooses and reports, a claim compares two arms."""
-    assert not set(study.CHOICE) & set(study.REPORTED) and set(study.PAIRED) <= set(study.REPORTED)
+    assert not set(study.CHOICE) & set(study.REPORTED) and set(study.FEW) <= set(study.REPORTED)
     assert len(study.REPORTED) >= 5 and study.REPORTED[0] == 10
     assert study.CLAIMS == (("tglora", "mtl-lora"), ("tglora", "single-lora"),
                             ("tglora", "least-similar"), ("tglora", "random"),

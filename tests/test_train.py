@@ -18,9 +18,9 @@ from util.report import MARGIN, PANEL, draw_curves
 
 ROOT = Path(__file__).parent.parent
 # Two epochs of a small network on a few rooms: seconds.
-SMALL = ["--train-rooms", "8", "--val-rooms", "4", "--size", "56", "--rank", "6", "--epochs", "2",
-         "--batch-size", "4", "--sim-images", "4", "--head-epochs", "1", "--dropout", "0.1",
-         "--device", "cpu", "--log-every", "1"]
+SMALL = ["--tasks", "semseg,depth,normals", "--train-rooms", "8", "--val-rooms", "4", "--size",
+         "56", "--rank", "6", "--epochs", "2", "--batch-size", "4", "--sim-images", "4",
+         "--head-epochs", "1", "--dropout", "0.1", "--device", "cpu", "--log-every", "1"]
 
 
 def run(*flags):
@@ -307,7 +307,8 @@ def test_schedule_and_decay():
     rates = [train.learning_rate(s, 300, 1.0, 20 / 300) for s in range(300)]
     assert max(rates) == pytest.approx(1) and rates.index(max(rates)) == 20
     assert rates[0] < 0.1 and rates[-1] < 1e-3 and rates[160] == pytest.approx(0.5)
-    config = train.parse_arguments(["--layers", "attn+mlp+others"])
+    config = train.parse_arguments(["--tasks", "semseg,depth,normals", "--layers",
+                                    "attn+mlp+others"])
     tasks = train.make_tasks(config.tasks, 6)
     model = train.build(config, tasks, train.build_tree(np.zeros((3, 3)), config.groups))
     decayed, plain = (g["params"] for g in train.make_optimizer(model, 1.0, 0.05).param_groups)
