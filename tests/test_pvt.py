@@ -341,43 +341,53 @@ def test_the_network_compiles_without_a_graph_break():
 
 
 # --- through train.py and eval.py -----------------------------------------------------------------
-FLAGS = ["--backbone", "pvt_v2_b0", "--size", "64", "--rank", "6", "--batch-size", "4",
-         "--sim-images", "4", "--head-epochs", "1", "--device", "cpu", "--log-every", "1"]
-ROOMS = [*FLAGS, "--train-rooms", "8", "--val-rooms", "4"]
+FLAGS = ["--backbone", "pvt_v2_b0", "--rank", "6", "--batch-size", "4", "--sim-images", "4",
+         "--head-epochs", "1", "--device", "cpu", "--log-every", "1"]
+ROOMS = [*FLAGS, "--size", "32", "--train-rooms", "4", "--val-rooms", "2"]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_the_whole_way_on_rooms(method, tmp_path, monkeypatch, capsys):
-    """Every method: stop, resume, merge, evaluate; TGLoRA also compares and groups."""
-    model = build_pvt("b0")
-    torch.save(model.state_dict(), tmp_path / "pvt.pth")
-    out, best = str(tmp_path / "run"), str(tmp_path / "run/best.pt")
-    flags = [*ROOMS, "--method", method, "--weights", str(tmp_path / "pvt.pth"), "--epochs", "2",
-             "--out", out]
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A file of the official layout that --weights can name."""
+    path = tmp_path_factory.mktemp("weights") / "pvt_v2_b0.pth"
+    torch.save(official_layout(build_pvt("b0")), path)
+    return ["--weights", str(path)]
+
+
+def test_a_run_stops_resumes_merges_and_evaluates(start, tmp_path, monkeypatch, capsys):
+    """TGLoRA: similarities, tree, cost, one merged graph, the same results again."""
+    best, flags = str(tmp_path / "best.pt"), [*ROOMS, *start, "--epochs", "2"]
     with stopped_after_an_epoch(monkeypatch):
-        train.main(flags)
-    train.main([*flags, "--resume"])
-    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
-    assert [len(s) for s in metrics["tree"]] == ([1, 1, 2, 3] if method == "tglora" else [1] * 4)
+        train.main([*flags, "--out", str(tmp_path)])
+    train.main([*flags, "--out", str(tmp_path), "--resume"])
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert [len(stage) for stage in metrics["tree"]] == [1, 1, 2, 3]
     assert metrics["trainable"] == costs(*flags)["trainable"]
     eval.main(["--checkpoint", best, "--merge", str(tmp_path / "m.pt2"), "--device", "cpu"])
     assert "differ from the unmerged ones by at most" in capsys.readouterr().out
     eval.main(["--checkpoint", best, "--json", "--device", "cpu"])
     assert json.loads(capsys.readouterr().out)["results"] == metrics["results"]
-    if method == "full":  # its backbone is another's start
-        path = str(tmp_path / "trained.pth")
-        eval.main(["--checkpoint", best, "--export-backbone", path])
-        load_weights(model, path)
+
+
+@pytest.mark.parametrize("method", ["mtlora", "mtlora+", "full", "decoders"])
+def test_every_method_trains_on_rooms(start, method, tmp_path):
+    """To a checkpoint that is evaluated; what `full` trains can be another run's start."""
+    best = str(tmp_path / "best.pt")
+    train.main([*ROOMS, *start, "--method", method, "--epochs", "1", "--out", str(tmp_path)])
+    eval.main(["--checkpoint", best, "--device", "cpu"])
+    if method == "full":
+        eval.main(["--checkpoint", best, "--export-backbone", str(tmp_path / "trained.pth")])
+        load_weights(build_pvt("b0"), str(tmp_path / "trained.pth"))
 
 
 @pytest.mark.parametrize("dataset", ["nyud", "pascal"])
 def test_it_trains_on_real_images(dataset, request, tmp_path, monkeypatch):
-    """From the mini archives to finite metrics; the loss falls."""
+    """From the mini archives, with four tasks or three; the loss falls."""
     archive = request.getfixturevalue(f"{dataset}_archive")
     monkeypatch.chdir(tmp_path)
     train.main([*FLAGS, "--dataset", dataset, "--data-root", str(archive), "--weights", "none",
-                "--size", "96", "--lr", "1e-3", "--epochs", "8", "--eval-every", "8", "--out",
-                "run"])
+                "--size", "64", "--workers", "0", "--lr", "3e-3", "--epochs", "5", "--eval-every",
+                "5", "--out", "run"])
     lines = [json.loads(x)["loss"] for x in open("run/log.jsonl") if '"lr"' in x]
     assert all(0 < lines[-1][task] < lines[0][task] for task in ("semseg", "normals"))
 
