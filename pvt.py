@@ -13,7 +13,7 @@ ends, as in swin.py, with what makes the next one's tokens: overlapping patches 
     load_weights(backbone, "imagenet", "b2")
     maps = backbone(image)          # (B,3,H,W) -> 4 maps (B,h,w,c), strides 8, 16, 32, 32
 
-Shapes: B batch, H W pixels or tokens, C channels, N = H W queries, M keys, R reduction, h heads.
+Shapes: B batch, H W pixels or tokens, C channels, N = H W queries, R reduction, h heads.
 References: arXiv 2106.13797, section 3; https://github.com/whai362/PVT (epsilons, initial weights).
 """
 
