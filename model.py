@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import mtlora
+import pvt
 from bdta import BDTANet
 from decoders import FUSED, Decoder
 from grouping import Partition, check_tree, routing
@@ -140,9 +141,12 @@ def stage_ranks(config: Any) -> list[int]:
 def build(config: Any, tasks: Sequence, tree: Sequence[Partition]) -> nn.Module:
     """The network that the knobs of recipes.py describe, the same for the same seed."""
     torch.manual_seed(config.seed)
-    backbone = build_swin(config.backbone, drop_path=config.drop_path)
+    name, make, load = config.backbone, build_swin, load_weights
+    if name.startswith("pvt_v2_"):  # as the field names its presets: pvt_v2_b2
+        name, make, load = name.removeprefix("pvt_v2_"), pvt.build_pvt, pvt.load_weights
+    backbone = make(name, drop_path=config.drop_path)
     if config.weights != "none":
-        load_weights(backbone, config.weights, config.backbone)
+        load(backbone, config.weights, name)
     model = METHODS[config.method](backbone, tasks, tree, config)
     for part in config.frozen:
         matching = [p for name, p in backbone.named_parameters() if part in name]

@@ -160,8 +160,9 @@ def make_parser(dataset: str, method: str,
     add("--rotate", type=float, help="turn by up to so many degrees")
 
     add = parser.add_argument_group("network").add_argument
-    add("--backbone", help="preset of swin.py: mini, tiny, small, base")
-    add("--weights", help="imagenet, torchvision, none (random) or a Swin checkpoint's path")
+    add("--backbone", help="preset of swin.py: mini, tiny, small, base; or of pvt.py: pvt_v2_b0 to "
+        "pvt_v2_b5")
+    add("--weights", help="imagenet, torchvision (Swin's), none (random) or a checkpoint's path")
     add("--rank", type=int, help="combined rank of a layer's adapters, split by group size")
     add("--last-rank", type=int, help="the last stage's combined rank is this times the tasks")
     add("--reduction", type=int, help="bdta: its bypass has so many times fewer channels")

@@ -17,8 +17,8 @@ def costs(*flags: str) -> dict:
     """What `eval.py --cost` counts for these flags; each configuration is built once."""
     config = train.parse_arguments(list(flags))
     key = (config.dataset, config.method, *config.tasks, config.groups, config.rank, config.layers,
-           config.tree, *config.without, "frozen", *config.frozen, config.backbone,
-           config.reduction)
+           config.backbone, config.size, config.reduction, config.fused, config.tree,
+           *config.without, "frozen", *config.frozen)
     if key not in COSTS:
         COSTS[key] = cost(config)
     return COSTS[key]

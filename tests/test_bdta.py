@@ -350,7 +350,7 @@ def test_the_recipe_is_the_papers(dataset):
     other = train.parse_arguments(["--dataset", dataset])
     assert other.weight_decay == 0.05 and other.drop_path == 0.2
     rooms = train.parse_arguments(["--method", "bdta"])
-    assert (rooms.lr, rooms.batch_size, rooms.epochs) == (2e-3, 8, 5)
+    assert (rooms.lr, rooms.batch_size, rooms.epochs) == (2e-3, 8, 4)
 
 
 def test_reduction_arrives():

@@ -3,7 +3,9 @@
 import json
 
 import pytest
+import torch
 
+from pvt import build_pvt
 from tools import bench
 
 
@@ -17,7 +19,7 @@ def test_every_part_prints_its_rows(tmp_path, capsys, nyud_archive, monkeypatch)
     text = capsys.readouterr().out
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert {row["section"].split()[0] for row in rows} == {
-        "Swin-T", "training", "inference", "similarity"}
+        "Swin-T", "PVT", "training", "inference", "similarity"}
     found = {(row["section"], row["row"]): row for row in rows}
     steps = {name: row for (section, name), row in found.items() if section == "training step"}
     assert len(steps) == 8 and steps["full"]["peak_gib"] == 1.5
@@ -41,6 +43,16 @@ def test_memory_is_that_of_a_process_of_its_own():
                                     batch=4, amp="auto")
     small, large = (bench.peak(args, flags) for flags in ("--method decoders", "--groups 4,4,4,4"))
     assert 0 < small < large
+
+
+def test_plain_loops_compute_the_same():
+    """What pvt.py's attention is compared with, with a reduction and without."""
+    x = torch.randn(2, 16, 24, 64)
+    for ratio in (1, 8):
+        attn = build_pvt("b0", dims=(64,) * 4, num_heads=(4,) * 4, ratios=(ratio,) * 4)
+        attn = attn.layers[0].blocks[0].attn
+        torch.nn.init.normal_(attn.q.weight)
+        torch.testing.assert_close(bench.plain_attention(attn, x), attn(x), rtol=1e-4, atol=1e-5)
 
 
 def test_unknown_parts_are_refused(capsys):

@@ -23,7 +23,7 @@ def imports(path):
 
 
 GRAPH = {name: imports(path) for name, path in NAMES.items()}
-ALONE = ["tglora", "swin", "similarity", "grouping", "decoders", "tasks", "datasets.rooms",
+ALONE = ["tglora", "swin", "pvt", "similarity", "grouping", "decoders", "tasks", "datasets.rooms",
          "util.parallel", "util.run"]
 
 

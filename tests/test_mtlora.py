@@ -262,6 +262,6 @@ def test_it_trains_on_real_images(dataset, request, tmp_path, monkeypatch):
 
 
 def test_the_backbone_and_the_layer_know_nothing_of_it():
-    """No word of MTLoRA in swin.py and tglora.py."""
-    for name in ("swin.py", "tglora.py"):
+    """No word of MTLoRA in swin.py, pvt.py and tglora.py."""
+    for name in ("swin.py", "pvt.py", "tglora.py"):
         assert "mtlora" not in (Path(mtlora.__file__).parent / name).read_text().lower()

@@ -103,6 +103,21 @@ def test_the_rows_of_bdtas_paper_are_what_the_flags_give():
         assert paper == trained or flags in ("--method full", "--method decoders"), flags
 
 
+def test_other_backbones_cost_what_the_flags_give():
+    """Their parameters; trained parameters and GMACs of five methods, on both datasets."""
+    methods = ("--method decoders", "--groups 1,1,1,1", "", "--layers attn+mlp+others",
+               "--method mtlora --rank 64")
+    rows = re.findall(r"^\| `(\w+)` \| ([\d,]+) \| ([\d., |]+) \|$", DOCS["RESULTS"], re.M)
+    assert [name for name, *_ in rows] == ["tiny", "small", "base", "pvt_v2_b2"] * 2
+    for i, (name, own, cells) in enumerate(rows):
+        flags = "--dataset", "pascal" if i < 4 else "nyud", "--backbone", name
+        found = [costs(*flags, *method.split()) for method in methods]
+        assert f"{found[0]['total'] - found[0]['decoders']:,}" == own
+        assert cells.split(" | ") == [
+            f"{f['trainable'] / 1e6:.2f}, {f['macs_linear_conv'] / 1e9:.2f}, "
+            f"{f['macs_all'] / 1e9:.2f}" for f in found], name
+
+
 def test_the_rows_of_the_readme_are_those_of_the_results():
     """README's short table repeats the first row of that name of each dataset."""
     table = re.findall(rf"^\| ([^|]+) \| {NUMBER}, {NUMBER} \| ([-+\d.]+) \| {NUMBER}, {NUMBER} "

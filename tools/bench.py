@@ -31,6 +31,7 @@ from data import CLASSES, InMemory, ToDevice, draw_augmentation, loader, open_da
 from eval import predictor
 from grouping import best_partition, build_tree
 from model import build
+from pvt import build_pvt
 from recipes import parse_arguments
 from similarity import task_similarity
 from swin import build_swin
@@ -71,7 +72,8 @@ def step_of(args: argparse.Namespace, flags: str, compiled: bool = False) -> tup
     model, tasks, config = network(args, flags)
     macs = count_macs(model, (args.size, args.size))
     if "decoders" in flags or "bdta" in flags:  # the backbone runs forward alone
-        work = macs["macs_all"] + 2 * macs_beside(model, args.size)
+        backbone_macs = count_macs(model.backbone, (args.size, args.size))["macs_all"]
+        work = 3 * macs["macs_all"] - 2 * backbone_macs
     else:
         work = macs["macs_all"] * (3 if "full" in flags else 2)
     if compiled:
@@ -88,12 +90,6 @@ def trainer(args: argparse.Namespace, model: nn.Module, tasks: list,
     scaler = torch.amp.GradScaler(args.device.type, enabled=amp is torch.float16)
     return partial(train_step, model, tasks, optimizer, scaler, parts=1, clip=config.clip, amp=amp,
                    team=Team(args.device))
-
-
-def macs_beside(model: nn.Module, size: int) -> int:
-    """Of decoders and, for bdta, the bypass."""
-    whole = count_macs(model, (size, size))["macs_all"]
-    return whole - count_macs(model.backbone, (size, size))["macs_all"]
 
 
 # --- measuring ------------------------------------------------------------------------------------
@@ -156,26 +152,42 @@ def rows(section: str, seconds: dict[str, list[float]], gmacs: dict[str, float],
 
 
 # --- the comparisons ------------------------------------------------------------------------------
-def backbone(args: argparse.Namespace, rate: float) -> Iterator[dict]:
-    """Swin-T, ours and torchvision's: forward, and forward + backward with everything trained."""
-    torch.manual_seed(0)
-    models = {"torchvision": torchvision.models.swin_t(weights=None).features,
-              "ours": build_swin("tiny")}
-    image = inputs(args, args.batch)[0]
-    gmacs = count_macs(models["ours"], (args.size, args.size))["macs_all"] * args.batch / 1e9
-    forward = {name: predictor(model.to(args.device), amp_dtype(args.amp, args.device))
-               for name, model in models.items()}  # in evaluation mode: no drop path
+def plain_attention(attn: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """pvt.py's attention by loops over images and heads, with nothing fused; x (B, H, W, C)."""
+    z = x if attn.ratio == 1 else attn.norm(attn.sr(x.movedim(3, 1)).movedim(1, 3))
+    images = []
+    for q, kv in zip(attn.q(x).flatten(1, 2), attn.kv(z).flatten(1, 2)):
+        heads = zip(*(y.chunk(attn.num_heads, -1) for y in (q, *kv.chunk(2, -1))))
+        images.append(torch.cat([(q @ k.T * q.shape[-1] ** -0.5).softmax(-1) @ v
+                                 for q, k, v in heads], -1))
+    return attn.proj(torch.stack(images).view(x.shape))
 
-    def backward(name: str) -> None:
-        models[name].zero_grad()
-        maps = forward[name](image)
+
+def backbone(args: argparse.Namespace, rate: float) -> Iterator[dict]:
+    """Swin-T beside torchvision's, PVT v2 b2 beside plain loops: forward, and with backward."""
+    torch.manual_seed(0)
+    image, plain = inputs(args, args.batch)[0], build_pvt("b2")
+    for block in (block for stage in plain.layers for block in stage.blocks):
+        block.attend = partial(plain_attention, block.attn)
+
+    def backward(model: nn.Module, forward: Callable) -> None:
+        model.zero_grad()
+        maps = forward(image)
         (maps[-1] if isinstance(maps, list) else maps).sum().backward()
 
-    seconds = alternate(args, {name: partial(torch.no_grad()(f), image)
-                               for name, f in forward.items()})
-    yield from rows("Swin-T forward", seconds, dict.fromkeys(models, gmacs), rate)
-    seconds = alternate(args, {name: partial(backward, name) for name in models})
-    yield from rows("Swin-T forward + backward", seconds, dict.fromkeys(models, 3 * gmacs), rate)
+    swin_t = torchvision.models.swin_t(weights=None).features
+    for name, models in {"Swin-T": {"torchvision": swin_t, "ours": build_swin("tiny")},
+                         "PVT v2 b2": {"plain loops": plain, "ours": build_pvt("b2")}}.items():
+        forward = {side: predictor(model.to(args.device), amp_dtype(args.amp, args.device))
+                   for side, model in models.items()}  # in evaluation mode: no drop path
+        gmacs = count_macs(models["ours"], (args.size,) * 2)["macs_all"] * args.batch / 1e9
+        seconds = alternate(args, {side: partial(torch.no_grad()(f), image)
+                                   for side, f in forward.items()})
+        yield from rows(f"{name} forward", seconds, dict.fromkeys(models, gmacs), rate)
+        seconds = alternate(args, {side: partial(backward, models[side], f)
+                                   for side, f in forward.items()})
+        yield from rows(f"{name} forward + backward", seconds, dict.fromkeys(models, 3 * gmacs),
+                        rate)
 
 
 def step(args: argparse.Namespace, rate: float) -> Iterator[dict]:
@@ -283,7 +295,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--size", type=int, default=448, help="of the square images")
     add("--batch", type=int, default=2, help="images a step")
     add("--rounds", type=int, default=5, help="measured rounds of each comparison")
-    add("--backbone", default="tiny", help="preset of swin.py, for all but the first part")
+    add("--backbone", default="tiny", help="of the network, for all but that part")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision")
     add("--compile", action="store_true", help="TGLoRA's step by torch.compile too")
     add("--data-root", help="NYUD-v2, for its rows of the data part")

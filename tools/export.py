@@ -49,7 +49,7 @@ def export_merged(model: nn.Module, size: tuple[int, int], path: Path) -> str:
 
 
 def export_backbone(model: nn.Module, config: argparse.Namespace, path: Path) -> str:
-    """Write the backbone's weights, fp16, by their official names: --weights reads them."""
+    """Write the backbone's weights, fp16, by the names that --weights reads."""
     if config.method != "full":
         raise ValueError(f"--export-backbone: the run is of --method {config.method}, whose "
                          "backbone is the one it started from; only --method full trains it")
