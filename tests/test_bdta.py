@@ -387,7 +387,8 @@ def test_a_reduction_that_leaves_no_whole_number_is_refused():
 
 # --- runs -----------------------------------------------------------------------------------------
 SMALL = ["--method", "bdta", "--epochs", "2", "--device", "cpu", "--log-every", "1"]
-ROOMS = [*SMALL, "--train-rooms", "8", "--val-rooms", "3", "--size", "56", "--batch-size", "4"]
+ROOMS = [*SMALL, "--tasks", "semseg,depth,normals", "--train-rooms", "8", "--val-rooms", "3",
+         "--size", "56", "--batch-size", "4"]
 
 
 def test_the_whole_way_on_rooms(tmp_path, monkeypatch, capsys):
