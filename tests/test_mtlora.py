@@ -198,7 +198,8 @@ def test_merged_equals_unmerged(method):
 
 def test_a_layer_without_adapters_shares_its_product():
     """`--without mlp.fc1`: every group gets W x_0 + b there, nothing of it is trained."""
-    config = SimpleNamespace(method="mtlora", rank=6, dropout=0.1, without=["mlp.fc1", "attn.proj"])
+    config = SimpleNamespace(method="mtlora", rank=6, dropout=0.1, fused=(18, 36, 72, 144),
+                             without=["mlp.fc1", "attn.proj"])
     model = fill(mtlora_net(build_swin("mini", embed_dim=16), make_tasks(NAMES, 6), SHARED, config))
     fc1, x = model.backbone.layers[0].blocks[1].mlp.fc1, torch.randn(8, 5, 16)
     for y in fc1(x).chunk(4):

@@ -214,10 +214,14 @@ def test_a_killed_study_goes_on(tmp_path):
     assert done.returncode == 0, done.stderr
     after = numbers(tmp_path / "killed")
     assert after.items() >= before.items() and 3 <= len(before) < len(after)
-    # similarities, the grid of three arms (one of them three networks), the reported seeds
-    assert len(after) == 3 + 3 * 5 + 2 * 5
+    reported = [name for name in after if not name.startswith("at ")]
+    assert len(reported) == 3 + 2 * 5  # similarities; three networks, and one, and one
     rates = json.loads(state.read_text())["rates"]
     assert rates.keys() == {"single-full", "tglora", "random"}
+    for arm, rate in rates.items():  # neighbours by factors of 3 were tried, on seed 0
+        tried = {float(name.split("/")[0][3:]) for name in after if f"/{arm}/0" in name}
+        assert {float(f"{rate * factor:.4g}") for factor in (1 / 3, 1, 3)} <= tried or (
+            len(tried) == 6)
     assert "tglora > random: " in done.stdout and (tmp_path / "killed/study.png").is_file()
     for seed in (10, 11):  # an arm is what its flags say, by train.py alone
         run = after[f"tglora/{seed}"]

@@ -247,7 +247,7 @@ def data_of(args: argparse.Namespace, rate: float, name: str, flags: str,
         yield row | {key: row[key] / count for key in ("ms", "low", "high")} | {"note": speed}
 
     tasks, kept = make_tasks(config.tasks, CLASSES[name]), InMemory(raw)
-    model = build(config, tasks, build_tree(np.zeros((3, 3)), config.groups)).to(args.device)
+    model = build(config, tasks, build_tree(np.eye(len(tasks)), config.groups)).to(args.device)
     step_on = trainer(args, model, tasks, config)
     batches = iter(ToDevice(loader(kept, [list(range(batch))] * (args.rounds + 1)), args.device))
     fetched = []
