@@ -147,7 +147,7 @@ def make_parser(dataset: str, method: str,
     add = parser.add_argument_group("data").add_argument
     add("--data-root", default="data", help="folder of the dataset, or its archive")
     add("--download", action="store_true", help="fetch the dataset's archive into --data-root")
-    add("--train-rooms", type=int, default=480, help="rooms: training images")
+    add("--train-rooms", type=int, default=400, help="rooms: training images")
     add("--val-rooms", type=int, default=64, help="rooms: validation images")
     add("--tasks", type=names, help="comma-separated")
     add("--size", type=size_pair, help="training size, H or HxW; images are resized to it")

@@ -228,11 +228,11 @@ def test_a_killed_study_goes_on(tmp_path):
         assert f"--lr {rates['tglora']:.4g}" in run["flags"] and f"--seed {seed}" in run["flags"]
     again = tmp_path / "again"
     flags = json.loads(state.read_text())["flags"] + " " + after["tglora/10"]["flags"]
-    study.train.main([*flags.split(), "--out", str(again)])
+    subprocess.run([sys.executable, Path(study.train.__file__), *flags.split(), "--out", again],
+                   check=True, cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"})
     found = json.loads((again / "metrics.json").read_text())
     assert found["tree"] == after["tglora/10"]["tree"]
-    for task, metrics in after["tglora/10"]["results"].items():
-        assert found["last"]["results"][task] == pytest.approx(metrics, rel=1e-5)
+    assert found["last"]["results"] == after["tglora/10"]["results"]  # to the last digit
     with pytest.raises(SystemExit, match="is of a study with"):
         study.main(["--out", str(tmp_path / "killed"), "--epochs", "1"])
     baseline = mean_results([{"results": {
