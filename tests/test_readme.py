@@ -36,6 +36,18 @@ def test_the_first_command_trains_and_really_learns(tmp_path):
     assert re.search(r"task +metric +result .*", DOCS["RUNS"])[0] in done.stdout
 
 
+@pytest.mark.slow
+def test_seeds_0_to_4_of_the_demonstration_agree_on_the_tree(tmp_path):
+    """README says so. Five minutes."""
+    trees = []
+    for seed in range(5):
+        out = tmp_path / str(seed)
+        subprocess.run([sys.executable, ROOT / "train.py", "--tree-only", "--seed", str(seed),
+                        "--out", out], cwd=tmp_path, check=True)
+        trees.append(json.loads((out / "tree.json").read_text())["tree"])
+    assert trees == trees[:1] * 5
+
+
 @pytest.mark.parametrize("snippet", re.findall(r"```python\n(.*?)```",
                                                "".join([README, *DOCS.values()]), re.S))
 def test_snippets_run(snippet):
