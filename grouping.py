@@ -3,7 +3,7 @@
 A group's tasks are scored by their mean similarity to the others in it (eq. 5), a partition by
 the sum over all tasks (eq. 6). The last stage takes the best partition into its number of groups;
 each earlier stage merges groups of the one after it (Algorithm 1), so the tree is nested: tasks
-that part never meet again.
+that part never meet again. Up to 15 tasks the best partition is found exactly, of more nearly.
 
     tree = build_tree(sim, (1, 1, 2, 3))    # sim: (T, T) similarities; one partition a stage
     print(format_tree(tree, ["semseg", "depth", "normals"]))
@@ -18,11 +18,12 @@ from functools import lru_cache
 from itertools import combinations, zip_longest
 from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 Partition = list[tuple[int, ...]]
+EXACT = 15     # tasks; the exact search takes three times as long for each one more, and memory
+RESTARTS = 20  # of the search beyond; 200 tasks into 20 groups take 5 seconds
 
 
 def score(partition: Partition, sim: np.ndarray) -> float:
@@ -36,22 +37,33 @@ def best_partition(sim: np.ndarray, num_groups: int) -> Partition:
 
     sim: (T, T). The paper searches by branch and bound; here, a recursion that remembers: the best
     split of some tasks is some group around the first of them, beside the best split of the tasks
-    that are left. About 3^T steps, whatever the similarities: seconds for 15 tasks.
+    that are left. About 3^T steps, whatever the similarities: seconds for 15 tasks; of more,
+    `near_best`, unless all or none share a group: `search_name` says which.
     Of equal partitions, the first wins that keeps early tasks together. Raises ValueError unless
-    1 <= num_groups <= T.
+    1 <= num_groups <= T, and where a pair's similarity is unknown.
     """
     return best_partitions(sim, num_groups, 1)[0]
 
 
+def search_name(num_tasks: int, num_groups: int) -> str:
+    """What `best_partition` finds of so many: "exact" or "near-optimal"."""
+    return "exact" if num_tasks <= EXACT or num_groups in (1, num_tasks) else "near-optimal"
+
+
 def best_partitions(sim: np.ndarray, num_groups: int, how_many: int) -> list[Partition]:
-    """The `how_many` best of them, or as many as there are, best first; see `best_partition`."""
-    sim = np.asarray(sim, dtype=float)
-    T = len(sim)
-    if sim.shape != (T, T) or not np.isfinite(sim).all():
-        raise ValueError(f"similarity must be a finite square matrix, got shape {sim.shape}")
+    """The `how_many` best of them, or as many as there are, best first; see `best_partition`.
+
+    Beyond the exact search two at most: the second is the first's best `neighbour`.
+    """
+    both = pair_sums(sim)
+    T = len(both)
     if not 1 <= num_groups <= T:
         raise ValueError(f"{T} tasks do not fit into {num_groups} groups; expected 1 to {T}")
-    both_ways = (sim + sim.T).tolist()  # Python's numbers: numpy's are slow one at a time
+    if search_name(T, num_groups) != "exact":
+        label = near_best(both, num_groups)
+        found = [label, neighbour(label, both, num_groups)[1]]
+        return [to_partition(label) for label in found[:how_many]]
+    both_ways = both.tolist()  # Python's numbers: numpy's are slow one at a time
 
     @lru_cache(maxsize=None)
     def affinity(group: tuple[int, ...]) -> float:
@@ -83,6 +95,24 @@ def best_partitions(sim: np.ndarray, num_groups: int, how_many: int) -> list[Par
     return [list(groups) for _, groups in best(tuple(range(T)), num_groups)]
 
 
+def pair_sums(sim: np.ndarray) -> np.ndarray:
+    """sim[t, u] + sim[u, t] of every two tasks, (T, T), 0 on the diagonal; checks `sim`."""
+    sim = np.asarray(sim, dtype=float)
+    if sim.ndim != 2 or len(sim) != sim.shape[1]:
+        raise ValueError(f"similarity must be a finite square matrix, got shape {sim.shape}")
+    for t, u in np.argwhere(~np.isfinite(sim))[:1]:
+        raise ValueError(f"similarity must be a finite square matrix; that of tasks {t} and {u} is "
+                         f"{sim[t, u]}: what is unknown is not 0, and no tree follows from it")
+    both = sim + sim.T
+    np.fill_diagonal(both, 0)
+    return both
+
+
+def affinities(within: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """Eq. 5, summed over a group, of many groups: the sums of their pairs, how many tasks."""
+    return np.where(size > 1, within / np.maximum(size - 1, 1), 0)
+
+
 def merge_groups(partition: Partition, sim: np.ndarray, num_groups: int) -> Partition:
     """Algorithm 1: merge the two groups whose union scores best, until `num_groups` are left.
 
@@ -91,94 +121,98 @@ def merge_groups(partition: Partition, sim: np.ndarray, num_groups: int) -> Part
     """
     if not 1 <= num_groups <= len(partition):
         raise ValueError(f"{len(partition)} groups cannot be merged into {num_groups}")
-    partition = list(partition)
+    partition, both = list(partition), pair_sums(sim)
+    member = np.array([np.isin(range(len(both)), group) for group in partition], float)  # (G, T)
     while len(partition) > num_groups:
-        partition = max(merged_pairs(partition), key=lambda p: score(p, sim))  # the first of equals
+        size, between = member.sum(1), member @ both @ member.T
+        within = between.diagonal() / 2
+        own = affinities(within, size)
+        gain = affinities(within[:, None] + within + between, size[:, None] + size)
+        gain = np.round(gain - own[:, None] - own, 12)  # in score; equals are equal
+        gain[np.tril_indices(len(gain))] = -np.inf  # each pair once
+        a, b = divmod(int(gain.argmax()), len(gain))
+        partition[a] = tuple(sorted(partition[a] + partition.pop(b)))
+        member[a] += member[b]
+        member = np.delete(member, b, 0)
     return partition
 
 
-def merged_pairs(partition: Partition) -> list[Partition]:
-    """What `partition` becomes when two of its groups are merged, each two in turn."""
-    return [sorted([g for g in partition if g not in (a, b)] + [tuple(sorted(a + b))])
-            for a, b in combinations(partition, 2)]
+# --- many tasks -----------------------------------------------------------------------------------
+def near_best(both: np.ndarray, num_groups: int) -> np.ndarray:
+    """Each task's group, (T,), in a partition that no move of a task and no swap of two improves.
+
+    both: `pair_sums`. Begins with Algorithm 1 from single tasks, then RESTARTS times anywhere, at
+    the same places whenever it is asked; of all ends the best.
+    """
+    T, rng = len(both), np.random.default_rng(0)
+    merged = merge_groups([(t,) for t in range(T)], both, num_groups)
+    starts = [np.array([next(g for g, group in enumerate(merged) if t in group)
+                        for t in range(T)])]
+    for _ in range(RESTARTS):  # no group is empty
+        anywhere = rng.integers(num_groups, size=T - num_groups)
+        starts.append(rng.permutation(np.concatenate([np.arange(num_groups), anywhere])))
+    ends = []
+    for label in starts:
+        gain = np.inf
+        while gain > 1e-12 * np.abs(both).sum():  # rounding would go in circles
+            end, (gain, label) = label, neighbour(label, both, num_groups)
+        ends.append(end)
+    return max(ends, key=lambda label: score(to_partition(label), both))
 
 
-def build_tree(sim: np.ndarray, groups_per_stage: Sequence[int]) -> list[Partition]:
+def neighbour(label: np.ndarray, both: np.ndarray, num_groups: int) -> tuple[float, np.ndarray]:
+    """The best that moving one task or swapping two makes of a partition: its gain in score, and
+    each task's group (T,)."""
+    member = np.eye(num_groups)[label]  # (T, G)
+    to = both @ member                  # (T, G): of each task and group, the sum of its pairs
+    size, within = member.sum(0), (to * member).sum(0) / 2
+    old = affinities(within, size)
+    left = within[label] - to[np.arange(len(label)), label]  # (T,): what each task leaves behind
+    leave = affinities(left, size[label] - 1) - old[label]
+    move = leave[:, None] + affinities(within + to, size + 1) - old  # (T, G)
+    move[size[label] == 1] = -np.inf    # no group may be empty
+    move[member > 0] = -np.inf
+    swap = affinities(left[:, None] + to[:, label].T - both, size[label][:, None])
+    swap = swap - old[label][:, None]   # (T, T): of row's group, with column's task in its place
+    swap = swap + swap.T
+    swap[label[:, None] == label] = -np.inf
+    better = label.copy()
+    if move.max() >= swap.max():
+        t, better[t] = divmod(int(move.argmax()), num_groups)
+    else:
+        t, u = divmod(int(swap.argmax()), len(label))
+        better[[t, u]] = label[[u, t]]
+    return float(max(move.max(), swap.max())), better
+
+
+def to_partition(label: np.ndarray) -> Partition:
+    """Each task's group (T,) -> the groups."""
+    return sorted(tuple(np.flatnonzero(label == g).tolist()) for g in set(label.tolist()))
+
+
+# --- trees ----------------------------------------------------------------------------------------
+def build_tree(sim: np.ndarray, groups_per_stage: Sequence[int],
+               verbose: bool = False) -> list[Partition]:
     """One partition a stage, computed from the decoders down (4.4): best, then merged.
 
-    groups_per_stage: from the first stage to the last, never decreasing, at most T.
+    sim: (T, T), or one a stage (S, T, T), by which that stage's groups are chosen;
+    groups_per_stage: from the first stage to the last, never decreasing, at most T; verbose: print
+    how the last stage's were searched.
     """
-    sim, groups = np.asarray(sim, dtype=float), list(groups_per_stage)
-    if groups != sorted(groups) or groups[0] < 1 or groups[-1] > len(sim):
-        raise ValueError(f"groups {','.join(map(str, groups))} do not fit {len(sim)} tasks: "
-                         "expected one number a stage, never decreasing, from 1 to at most "
-                         f"{len(sim)}")
-    tree = [best_partition(sim, groups[-1])]
-    for n in reversed(groups[:-1]):
-        tree.insert(0, merge_groups(tree[0], sim, n))
+    groups = list(groups_per_stage)
+    sims = np.broadcast_to(np.asarray(sim, dtype=float), (len(groups), *np.shape(sim)[-2:]))
+    T = sims.shape[-1]
+    if groups != sorted(groups) or groups[0] < 1 or groups[-1] > T:
+        raise ValueError(f"groups {','.join(map(str, groups))} do not fit {T} tasks: expected one "
+                         f"number a stage, never decreasing, from 1 to at most {T}")
+    tree = [best_partition(sims[-1], groups[-1])]
+    for n, own in zip(groups[-2::-1], sims[-2::-1]):
+        tree.insert(0, merge_groups(tree[0], own, n))
+    if verbose:
+        print(f"tree: last stage {search_name(T, groups[-1])}, earlier ones merged")
     return tree
 
 
-# --- how sure a tree is ---------------------------------------------------------------------------
-class Choice(NamedTuple):
-    """How sure a stage's partition is: see `stability`."""
-
-    decided: bool
-    agreement: float  # share of the resamples with the same partition
-
-    def __str__(self) -> str:
-        share = f"{100 * self.agreement:.0f} % of resamples agree"
-        return share if self.decided else f"undecided: {share}"
-
-
-def next_best(tree: Sequence[Partition], stage: int, sim: np.ndarray) -> Partition | None:
-    """What the search would have taken, had there not been tree[stage]; None without a choice.
-
-    In the last stage the second best partition. Earlier, Algorithm 1's best end when it begins
-    with any other pair: for one merge, the pair that scores second.
-    """
-    chosen = tree[stage]
-    if stage == len(tree) - 1:
-        others = best_partitions(sim, len(chosen), 2)
-    else:
-        others = [merge_groups(p, sim, len(chosen)) for p in merged_pairs(tree[stage + 1])
-                  if len(p) >= len(chosen)]
-    return max((p for p in others if p != chosen), key=lambda p: score(p, sim), default=None)
-
-
-def stability(tree: Sequence[Partition], samples: np.ndarray,
-              resamples: int = 200) -> list[Choice | None]:
-    """For each stage of build_tree(mean of `samples`), how sure its partition is.
-
-    samples: (N, T, T), each example's similarities, NaN where it says nothing of a pair. A
-    bootstrap over examples: N are drawn with replacement, the same draws whenever N is the same,
-    and the tree is built again from their mean. `agreement` is the share of draws that give the
-    stage the same partition. It is `decided` when its score leads that of the next best by more
-    than two standard errors of the lead, its deviation over the draws (one would call decided what
-    other images and decoders change, on five tasks of rooms in a seed of ten); never where a pair
-    has a single example. None for a stage that had no choice.
-    """
-    N, known = len(samples), ~np.isnan(samples)
-    sim = np.nansum(samples, 0) / known.sum(0)
-    times = np.random.default_rng(0).multinomial(N, np.full(N, 1 / N), resamples)  # (draws, N)
-    counts = np.tensordot(times, known, 1)  # (draws, T, T)
-    sims = np.tensordot(times, np.nan_to_num(samples), 1) / counts.clip(1)
-    sims = np.where(counts, sims, sim)  # a pair that a draw has no example of keeps its mean
-    trees = [build_tree(s, [len(partition) for partition in tree]) for s in sims]
-    found = []
-    for stage, chosen in enumerate(tree):
-        other = next_best(tree, stage, sim)
-        if other is None:
-            found.append(None)
-            continue
-        leads = [score(chosen, s) - score(other, s) for s in (sim, *sims)]
-        error = np.std(leads[1:]) if known.sum(0).min() > 1 else np.inf
-        found.append(Choice(bool(leads[0] > 2 * error),
-                            float(np.mean([t[stage] == chosen for t in trees]))))
-    return found
-
-
-# --- trees: checked, followed, written ------------------------------------------------------------
 def check_tree(tree: Sequence[Partition], num_tasks: int) -> None:
     """Raise ValueError unless every stage covers all tasks once and lies inside the one before."""
     for i, partition in enumerate(tree, 1):
@@ -214,8 +248,7 @@ def routing(tree: Sequence[Partition]) -> tuple[list[list[int]], list[list[int]]
              for task in tasks])
 
 
-def format_tree(tree: Sequence[Partition], names: Sequence[str],
-                choices: Sequence[Choice | None] = ()) -> str:
+def format_tree(tree: Sequence[Partition], names: Sequence[str], choices: Sequence = ()) -> str:
     """The tree as text, a line a stage: `stage 3   {semseg, depth} {normals}   98 % of ...`."""
     lines = []
     for i, (partition, choice) in enumerate(zip_longest(tree, choices), 1):

@@ -178,6 +178,11 @@ def make_parser(dataset: str, method: str,
     add = parser.add_argument_group("similarity and tree").add_argument
     add("--groups", type=integers,
         help="task groups a stage, as in 1,1,2,3; without it, the paper's for so many tasks")
+    add("--budget-gmacs", type=float, help="as many groups as fit what one image may cost (linear "
+        "layers and convolutions), instead of --groups")
+    add("--budget-params", type=float, help="likewise, trained parameters")
+    add("--stage-similarity", action="store_true",
+        help="merge a stage's groups by the gradients on that stage's weights alone")
     add("--tree", help="use the tree in this file (tree.json of a run), whatever --groups says")
     add("--sim-images", type=int, help="the subset, for decoders and gradients alike")
     add("--head-epochs", type=int, help="epochs that train the decoders on the subset")
@@ -232,6 +237,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     first, _ = shared.parse_known_args(argv)  # these two choose the recipe
     parser = make_parser(first.dataset, first.method, shared)
     config = parser.parse_args(argv)
+    if (config.budget_gmacs or config.budget_params) and (
+            config.groups or config.tree or config.method != "tglora"):
+        parser.error("--budget-gmacs and --budget-params choose the groups of --method tglora; "
+                     "leave out --groups and --tree")
     if not config.groups:
         config.groups = default_groups(config)
     for name in AT_LEAST_1 + AT_LEAST_0:
@@ -257,17 +266,20 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return config
 
 
-def default_groups(config: argparse.Namespace) -> tuple[int, ...]:
+def paper_groups(T: int) -> tuple[int, ...]:
     """Task-specific in the last stage, one group less each stage before, shared in the first (4.4).
-
-    But for the demonstration's five tasks: there the paper's 1,3,4,5 groups differ between seeds.
     """
-    T = len(config.tasks)
+    return 1, max(1, T - 2), max(1, T - 1), T
+
+
+def default_groups(config: argparse.Namespace) -> tuple[int, ...]:
+    """The paper's, but for the demonstration's five tasks: there the groups of 1,3,4,5 differ
+    between seeds."""
     if config.method != "tglora":  # without adapters there is nothing to group
         return 1, 1, 1, 1
     if config.dataset == "rooms" and config.tasks == names(RECIPES["rooms"]["tasks"]):
         return 1, 2, 2, 5
-    return 1, max(1, T - 2), max(1, T - 1), T
+    return paper_groups(len(config.tasks))
 
 
 # --- what only the run can check ------------------------------------------------------------------

@@ -39,6 +39,13 @@ class Similarity(NamedTuple):
     error: np.ndarray    # (T, T), the mean's standard error; NaN of a single example
     count: np.ndarray    # (T, T), examples labelled for both
     samples: np.ndarray  # (N, T, T)
+    stages: np.ndarray   # (N, S, T, T), likewise, of the gradients on each stage's weights alone
+
+    def as_json(self) -> dict[str, list]:
+        """Means, counts, standard errors (None where there is none), and each stage's means."""
+        return {"similarity": self.mean.tolist(), "count": self.count.tolist(),
+                "standard_error": np.where(np.isnan(self.error), None, self.error).tolist(),
+                "stage_similarity": np.nanmean(self.stages, 0).tolist()}
 
 
 # --- eq. 2 ----------------------------------------------------------------------------------------
@@ -141,8 +148,10 @@ def finetune_decoders(model: nn.Module, tasks: Sequence, load: Callable,
 
 # --- eq. 3 ----------------------------------------------------------------------------------------
 def task_similarity(model: nn.Module, tasks: Sequence, examples: Iterable,
-                    normalize: str = "none") -> Similarity:
+                    normalize: str = "none", stages: Sequence[nn.Module] = ()) -> Similarity:
     """Similarity of every pair of tasks over `examples` of (image (1, 3, H, W), labels).
+
+    stages: S parts of the backbone, each of which is compared on its own, too, in the same pass.
 
     Dropout and drop path are off and BatchNorm uses its running statistics, so an example's
     gradient depends on it alone. An example counts for a pair when both tasks have valid pixels.
@@ -153,22 +162,29 @@ def task_similarity(model: nn.Module, tasks: Sequence, examples: Iterable,
     with as_found(model):
         model.eval().requires_grad_(False)
         shared = list(model.backbone.requires_grad_(True).parameters())
+        ends = {p: end for p, end in zip(shared, np.cumsum([p.numel() for p in shared]))}
+        parts = [slice(None)]  # of g: all of it, then each stage's
+        for stage in stages:
+            first, *_, last = stage.parameters()
+            parts.append(slice(ends[first] - first.numel(), ends[last]))
         g = torch.empty(T, sum(p.numel() for p in shared), device=shared[0].device)  # (T, P)
         for image, labels in examples:
             predictions = model(image)
             labelled = [t for t in range(T) if tasks[t].valid(labels[tasks[t].name]).any()]
             for t in labelled:
                 loss = tasks[t].loss(predictions[tasks[t].name], labels[tasks[t].name])
-                parts = torch.autograd.grad(loss, shared, retain_graph=True,
+                grads = torch.autograd.grad(loss, shared, retain_graph=True,
                                             materialize_grads=True)  # of unused weights, 0
-                torch.cat([part.flatten() for part in parts], out=g[t])
-            sample = np.full((T, T), np.nan)
+                torch.cat([grad.flatten() for grad in grads], out=g[t])
+            sample = np.full((len(parts), T, T), np.nan)
             for t in labelled:
-                sample[t, t] = 1
+                sample[:, t, t] = 1
                 for u in labelled[:labelled.index(t)]:
-                    sample[t, u] = sample[u, t] = gradient_similarity(g[t], g[u], normalize)
+                    sample[:, t, u] = sample[:, u, t] = [
+                        gradient_similarity(g[t, part], g[u, part], normalize) for part in parts]
             samples.append(sample)
-    samples = np.array(samples).reshape(-1, T, T)
+    samples = np.array(samples).reshape(-1, len(parts), T, T)
+    samples, by_stage = samples[:, 0], samples[:, 1:]
     count = (~np.isnan(samples)).sum(0)
     for t, u in np.argwhere(count == 0):
         raise ValueError(f"similarity: no example has valid labels for both {tasks[t].name} and "
@@ -176,7 +192,7 @@ def task_similarity(model: nn.Module, tasks: Sequence, examples: Iterable,
     mean = np.nansum(samples, 0) / count  # eq. 3
     with np.errstate(invalid="ignore"):  # 0 / 0 of a single example
         error = np.sqrt(np.nansum((samples - mean) ** 2, 0) / (count - 1) / count)
-    return Similarity(mean, error, count, samples)
+    return Similarity(mean, error, count, samples, by_stage)
 
 
 def format_similarity(found: Similarity, names: Sequence[str]) -> str:

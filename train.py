@@ -20,16 +20,18 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cost import ledger
+from cost import fit_budget, format_frontier, ledger
 from data import (CLASSES, ToDevice, draw_augmentation, epoch_batches, loader, open_dataset, warp)
 from eval import evaluate, predictor, reference
-from grouping import Partition, build_tree, format_tree, name_tree, read_tree, stability
+from grouping import Partition, build_tree, format_tree, name_tree, read_tree
 from model import build
 from recipes import parse_arguments, read_baseline, tree_without_choice
 from similarity import finetune_decoders, format_similarity, fresh_decoders, task_similarity
+from stability import stability
 from tasks import delta_m, make_tasks
 from util.checkpoint import (VERSIONS, check_out, check_space, fingerprint, load_trained, open_log,
                              read_checkpoint, save, trained_state, write_json)
@@ -64,17 +66,16 @@ def compute_tree(config: argparse.Namespace, tasks: list, dataset,
                       epoch_batches(N, config.batch_size, config.head_epochs, config.seed),
                       config.head_lr, amp if amp is torch.bfloat16 else None)  # fp16 overflows
     try:
-        found = task_similarity(model, tasks, load([[i] for i in range(N)]), config.normalize)
+        found = task_similarity(model, tasks, load([[i] for i in range(N)]), config.normalize,
+                                model.backbone.layers)
     except ValueError as error:
         raise ValueError(f"{error}; use more images (--sim-images) or give --tree FILE") from error
     print(format_similarity(found, config.tasks))
-    tree = build_tree(found.mean, config.groups)
-    resamples = 200 if len(tasks) <= 10 else 20  # each is a search, of seconds for 15 tasks
-    choices = stability(tree, found.samples, resamples)
-    return tree, choices, {
-        "similarity": found.mean.tolist(), "count": found.count.tolist(),
-        "standard_error": [[None if math.isnan(e) else e for e in row] for row in found.error],
-        "choices": [choice and choice._asdict() for choice in choices]}
+    samples = found.stages if config.stage_similarity else found.samples
+    sim = np.nanmean(samples, 0)  # (T, T), or one a stage
+    tree = build_tree(sim, config.groups, verbose=True)
+    choices = stability(tree, samples)
+    return tree, choices, {**found.as_json(), "choices": [c and c._asdict() for c in choices]}
 
 
 # --- optimisation ---------------------------------------------------------------------------------
@@ -94,11 +95,6 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     if step < ramp:
         return peak * (step + 1) / (ramp + 1)  # the first step is not lost at rate 0
     return peak * 0.5 * (1 + math.cos(math.pi * (step - ramp) / (steps - ramp)))
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
 
 
 def training_batches(config: argparse.Namespace, dataset, batches: Sequence[list[int]], start: int,
@@ -170,6 +166,7 @@ def run(config: argparse.Namespace, open_data: Callable = open_dataset) -> None:
     tree = read_tree(config.tree, config.tasks) if config.tree else None
     if tree:
         config.groups = tuple(len(partition) for partition in tree)
+    candidates = fit_budget(config)  # of which it takes its groups
     tree = tree or tree_without_choice(config, len(tasks))  # None: the similarity decides
     baseline = read_baseline(config, tasks) if config.baseline else None
     out, resumed = Path(config.out), check_out(config)
@@ -196,6 +193,8 @@ def run(config: argparse.Namespace, open_data: Callable = open_dataset) -> None:
     elif tree is None:
         tree, choices, similarity = team.tell(
             compute_tree(config, tasks, train_set, device) if team.leads else None)
+    if candidates:
+        print(format_frontier(candidates, config, similarity))
     print(format_tree(tree, config.tasks, choices), flush=True)
     tree_json = {"tasks": config.tasks, **similarity, "tree": name_tree(tree, config.tasks)}
     if config.tree_only:
@@ -243,7 +242,8 @@ def run(config: argparse.Namespace, open_data: Callable = open_dataset) -> None:
     with log, stop_signals() as signals:
         for image, labels in training_batches(config, train_set, batches, step, team):
             lr = learning_rate(step, num_steps, config.lr, config.warmup)
-            set_learning_rate(optimizer, lr)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
             meter.sums += train_step(net, tasks, optimizer, scaler, image, labels,
                                      config.accumulate, config.clip, amp, team)
             step += 1  # from here on, steps done

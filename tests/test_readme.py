@@ -165,7 +165,7 @@ def test_a_file_that_can_be_copied_alone_imports_nothing_of_ours():
 
 def test_the_readme_stays_short():
     """A first page, read in one sitting; everything else is in docs/."""
-    assert len(README.splitlines()) <= 190
+    assert len(README.splitlines()) <= 200
     assert len(README.split()) <= 2000
 
 

@@ -224,7 +224,7 @@ FLAGS = {"train-rooms": "7", "val-rooms": "1", "tasks": "normals,depth,semseg", 
          "without": "mlp.fc2", "frozen": "norm2", "dropout": "0.25", "drop-path": "0.35",
          "fused": "3,4,5,6",
          "groups": "1,2,2,3", "sim-images": "2", "head-epochs": "3", "head-lr": "0.123",
-         "normalize": "elementwise",
+         "normalize": "elementwise", "stage-similarity": None,
          "epochs": "3", "batch-size": "2", "accumulate": "2", "lr": "0.03", "warmup": "0.5",
          "weight-decay": "0.4", "clip": "0.7", "device": "cpu", "amp": "bf16", "compile": None,
          "eval-every": "2", "log-every": "5"}
@@ -232,6 +232,7 @@ ELSEWHERE = {
     "dataset", "method", "out", "resume", "baseline", "tree",  # test_train.py, test_mtlora.py
     "seed",                                                    # test_reference_run.py
     "tree_only",                                               # test_similarity.py
+    "budget_gmacs", "budget_params",                           # test_budget.py
     "reduction",                                               # test_bdta.py
     "backbone", "data_root", "download"}                       # below
 
@@ -347,7 +348,8 @@ def test_flags_of_similarity_and_tree_arrive(seen):
     groups = [len(modules(stage, TGLoRALinear)[0].ranks) for stage in backbone.layers]
     assert groups == [1, 2, 2, 3]
     assert len(seen.head_steps) == 3 * (2 // 2) and seen.head_steps[0] == 0.123
-    assert seen.compared == [FLAGS["normalize"]] * (2 * 3)  # two examples, three pairs
+    # Two examples, three pairs, by all weights and by each stage's.
+    assert seen.compared == [FLAGS["normalize"]] * (2 * 3 * 5)
 
 
 def test_flags_of_optimisation_arrive(seen):

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 
 import similarity
 import train
-from grouping import (best_partition, best_partitions, build_tree, format_tree, next_best, score,
-                      stability)
+from grouping import best_partition, best_partitions, build_tree, format_tree, score
 from model import tree_net
 from similarity import (finetune_decoders, format_similarity, fresh_decoders, gradient_similarity,
                         task_similarity)
+from stability import next_best, stability
 from swin import build_swin
 from tasks import make_tasks
 
@@ -182,6 +182,32 @@ def test_everything_is_left_as_found():
     assert state() == before
 
 
+def test_each_stage_is_compared_on_its_own_weights():
+    """Its gradients are those of its parameters alone, in the same pass; the whole is as before."""
+    tasks = make_tasks(NAMES, 4)
+    model, examples = network(tasks), [example(0), example(1, ["depth"])]
+    found = task_similarity(model, tasks, examples, stages=model.backbone.layers)
+    plain = task_similarity(model, tasks, examples)
+    np.testing.assert_array_equal(found.samples, plain.samples)
+    assert found.stages.shape == (2, 4, 3, 3) and plain.stages.shape == (2, 0, 3, 3)
+    model.eval()
+    for n, (image, labels) in enumerate(examples):
+        for s, stage in enumerate(model.backbone.layers):
+            grads = {}
+            for task in tasks if n == 0 else (tasks[0], tasks[2]):
+                loss = task.loss(model(image)[task.name], labels[task.name])
+                grads[task.name] = torch.cat([g.flatten() for g in torch.autograd.grad(
+                    loss, list(stage.parameters()))])
+            for a, b in combinations(grads, 2):
+                expected = F.cosine_similarity(grads[a], grads[b], dim=0)
+                t, u = NAMES.index(a), NAMES.index(b)
+                assert found.stages[n, s, t, u] == pytest.approx(expected.item(), abs=1e-5)
+                assert found.stages[n, s, u, t] == found.stages[n, s, t, u]
+    assert np.isnan(found.stages[1, :, 1]).all()
+    means = found.as_json()["stage_similarity"]
+    assert np.allclose(means, np.nanmean(found.stages, 0)) and means[0] != means[1]
+
+
 # --- decoders -------------------------------------------------------------------------------------
 def test_the_same_seed_gives_the_same_matrix():
     """Decoders' training included; drop path is off all the while."""
@@ -315,7 +341,7 @@ def test_the_matrix_is_printed_in_columns():
     samples = random_samples(0, N=9, T=3)
     known = ~np.isnan(samples)
     found = similarity.Similarity(np.nanmean(samples, 0), np.full((3, 3), 0.0121), known.sum(0),
-                                  samples)
+                                  samples, samples[:, None])
     for names in (["a", "b", "c"], ["semseg", "a_task_with_a_long_name", "sal"]):
         lines = format_similarity(found, names).splitlines()
         assert len(lines) == 8

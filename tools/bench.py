@@ -262,13 +262,13 @@ def data_of(args: argparse.Namespace, rate: float, name: str, flags: str,
 
 
 def similarity(args: argparse.Namespace, rate: float) -> Iterator[dict]:
-    """Gradients and cosines of one example, and the exact search for many tasks."""
+    """Gradients and cosines of one example, and the search."""
     model, tasks, _ = network(args, "--method decoders")
     example = inputs(args, 1)
     sides = {"one example, 4 tasks": partial(task_similarity, model, tasks, [example])}
-    for T in (5, 10, 15):
+    for T, G in ((5, 2), (10, 5), (15, 7), (200, 20)):
         sim = np.random.default_rng(0).normal(size=(T, T))
-        sides[f"search, {T} tasks, {T // 2} groups"] = partial(best_partition, sim + sim.T, T // 2)
+        sides[f"search, {T} tasks, {G} groups"] = partial(best_partition, sim + sim.T, G)
     yield from rows("similarity", alternate(args, sides), {}, rate)
 
 
