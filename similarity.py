@@ -49,9 +49,11 @@ class Similarity(NamedTuple):
 
 
 # --- eq. 2 ----------------------------------------------------------------------------------------
-def gradient_similarity(g: Tensor, g_other: Tensor, normalize: str = "none") -> Tensor:
+def gradient_similarity(g: Tensor, g_other: Tensor, normalize: str = "none",
+                        sizes: Sequence[int] = ()) -> Tensor:
     """Similarity of two flat gradients (P,), -1 to 1 (eq. 2); 0 where one of them is 0.
 
+    sizes: S of their parts, one after another; then (1 + S,), of the whole and of each part.
     normalize: "none" is eq. 2 as printed. "elementwise" divides each entry by |g| + |g'| of its
     own, as Task2Vec does: what counts is then how many weights agree, not how large they are. A
     weight without any true gradient (a key's bias: softmax ignores it) would count in full with
@@ -66,9 +68,11 @@ def gradient_similarity(g: Tensor, g_other: Tensor, normalize: str = "none") -> 
     elif normalize != "none":
         raise ValueError(f"normalize: expected elementwise or none, got {normalize!r}")
     # torch.sum adds pairwise: float32 does, for millions of small terms too.
-    dot, square, square_other = ((a * b).sum().double()
-                                 for a, b in ((g, g_other), (g, g), (g_other, g_other)))
-    return dot / (square * square_other).sqrt().clamp(min=1e-60)
+    sums = torch.stack([torch.stack([part.sum() for part in product.split(sizes or len(g))])
+                        for product in (g * g_other, g * g, g_other * g_other)]).double()
+    dot, square, square_other = torch.cat([sums.sum(1, keepdim=True), sums], 1)  # (1 + S,) each
+    found = dot / (square * square_other).sqrt().clamp(min=1e-60)
+    return found if sizes else found[0]
 
 
 # --- decoders -------------------------------------------------------------------------------------
@@ -151,7 +155,8 @@ def task_similarity(model: nn.Module, tasks: Sequence, examples: Iterable,
                     normalize: str = "none", stages: Sequence[nn.Module] = ()) -> Similarity:
     """Similarity of every pair of tasks over `examples` of (image (1, 3, H, W), labels).
 
-    stages: S parts of the backbone, each of which is compared on its own, too, in the same pass.
+    stages: S parts of the backbone, in its order; by the gradients on each, with what stands before
+    it and after the last, tasks are compared too, in the same pass.
 
     Dropout and drop path are off and BatchNorm uses its running statistics, so an example's
     gradient depends on it alone. An example counts for a pair when both tasks have valid pixels.
@@ -162,11 +167,11 @@ def task_similarity(model: nn.Module, tasks: Sequence, examples: Iterable,
     with as_found(model):
         model.eval().requires_grad_(False)
         shared = list(model.backbone.requires_grad_(True).parameters())
-        ends = {p: end for p, end in zip(shared, np.cumsum([p.numel() for p in shared]))}
-        parts = [slice(None)]  # of g: all of it, then each stage's
-        for stage in stages:
-            first, *_, last = stage.parameters()
-            parts.append(slice(ends[first] - first.numel(), ends[last]))
+        first, sizes = {next(stage.parameters()) for stage in stages[1:]}, []  # of g's S parts
+        for p in shared if stages else ():
+            if not sizes or p in first:
+                sizes.append(0)
+            sizes[-1] += p.numel()
         g = torch.empty(T, sum(p.numel() for p in shared), device=shared[0].device)  # (T, P)
         for image, labels in examples:
             predictions = model(image)
@@ -176,14 +181,14 @@ def task_similarity(model: nn.Module, tasks: Sequence, examples: Iterable,
                 grads = torch.autograd.grad(loss, shared, retain_graph=True,
                                             materialize_grads=True)  # of unused weights, 0
                 torch.cat([grad.flatten() for grad in grads], out=g[t])
-            sample = np.full((len(parts), T, T), np.nan)
+            sample = np.full((1 + len(sizes), T, T), np.nan)
             for t in labelled:
                 sample[:, t, t] = 1
                 for u in labelled[:labelled.index(t)]:
-                    sample[:, t, u] = sample[:, u, t] = [
-                        gradient_similarity(g[t, part], g[u, part], normalize) for part in parts]
+                    sample[:, t, u] = sample[:, u, t] = gradient_similarity(
+                        g[t], g[u], normalize, sizes).cpu()
             samples.append(sample)
-    samples = np.array(samples).reshape(-1, len(parts), T, T)
+    samples = np.array(samples).reshape(-1, 1 + len(sizes), T, T)
     samples, by_stage = samples[:, 0], samples[:, 1:]
     count = (~np.isnan(samples)).sum(0)
     for t, u in np.argwhere(count == 0):
