@@ -17,12 +17,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from datasets.archives import find_dataset
-from datasets.labels import NUM_CLASSES, Files
+from datasets.classes import SEMSEG
+from datasets.labels import Files
 from datasets.rooms import ROOM_CLASSES, Rooms
 from util.run import progress
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as the backbone expects
-CLASSES = {"rooms": len(ROOM_CLASSES), **NUM_CLASSES}  # of semseg
+CLASSES = {name: len(names) for name, names in {"rooms": ROOM_CLASSES, **SEMSEG}.items()}
 
 
 def open_dataset(config, split: str) -> Dataset:

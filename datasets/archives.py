@@ -2,17 +2,18 @@
 
     root = find_dataset("nyud", Path("data"))      # a folder, the folder around it, or an archive
 
-An archive is unpacked once, whole or not at all, and only what stays inside its folder; a download
-continues where it broke off. Errors name the file, what was expected, and where to get it.
+An archive is unpacked once, whole or not at all, and only if it holds plain files and folders; a
+download continues where it broke off. Errors name the file, what was expected, and where to get it.
 """
 
 import http.client
-import shutil
+import os
 import tarfile
+import tempfile
 import urllib.error
 import urllib.request
 import zlib
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from util.run import progress
 
@@ -69,35 +70,52 @@ def find_dataset(name: str, source: Path, fetch: bool = False) -> Path:
                      f"to get it: {known['documented']}")
 
 
+def fingerprint(path: Path) -> str:
+    """Eight hex digits of a file's path, size and time of change, to name what is made of it."""
+    stat = path.stat()
+    key = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+    return f"{zlib.crc32(os.fsencode(key)):08x}"
+
+
 def unpack(name: str, archive: Path, into: Path | None = None) -> Path:
     """Unpack a tar archive of dataset `name`, once; returns the folder around it.
 
-    Raises ValueError for a damaged archive, or one with links or paths that lead outside.
+    Raises ValueError for an archive that is damaged or not the dataset, or holds anything but files
+    and folders under plain relative names: all of it is read before a byte is written.
     """
-    known, stat = SOURCES[name], archive.stat()
-    key = zlib.crc32(f"{archive.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode())
-    folder = (into or CACHE) / f"{archive.name.split('.')[0]}-{key:08x}"
+    known = SOURCES[name]
+    folder = (into or CACHE) / f"{archive.name.split('.')[0]}-{fingerprint(archive)}"
     if folder.is_dir():
         return folder
-    print(f"unpacking {archive} ({stat.st_size / 1e6:.0f} MB) to {folder}", flush=True)
-    partial = folder.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    print(f"unpacking {archive} ({archive.stat().st_size / 1e6:.0f} MB) to {folder}", flush=True)
     try:
-        partial.mkdir(parents=True)
         with tarfile.open(archive) as tar:
-            tar.extractall(partial, filter="data")  # refuses what leads outside the folder
+            members = tar.getmembers()
             while tar.fileobj.read(1 << 20):  # to its end, where gzip's checksum is
                 pass
+        for member in members:
+            path = PurePosixPath(member.name)
+            plain = member.name.isprintable() and len(member.name) < 256 and (
+                not path.is_absolute() and ".." not in path.parts)
+            if not (plain and (member.isreg() or member.isdir())):
+                raise ValueError(f"{member.name[:80]!r} in it is not a plain file or folder")
         for split in ("train.txt", "val.txt"):
-            if not any(partial.glob(f"*/{known['marker']}/{split}")):
+            if not any(PurePosixPath(member.name).match(f"*/{known['marker']}/{split}")
+                       for member in members):
                 raise ValueError(f"it holds no {known['marker']}/{split}")
-        partial.rename(folder)
-    except (tarfile.TarError, EOFError, zlib.error, OSError, ValueError) as error:
-        reason = str(error).split(":")[0].splitlines()[0]
+    except Exception as error:  # tarfile raises whatever the broken file led to
+        reason = (str(error) or repr(error)).splitlines()[0].rstrip(":")
         raise ValueError(f"cannot unpack {archive}: {reason}; fetch it again? "
                          f"({known['documented']})") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(".partial", f"{folder.name}-", folder.parent) as own:
+        with tarfile.open(archive) as tar:
+            tar.extractall(f"{own}/whole", members, filter="data")
+        try:
+            Path(own, "whole").rename(folder)
+        except OSError:  # another process, with a folder of its own, was first: its files stand
+            if not folder.is_dir():
+                raise
     return folder
 
 

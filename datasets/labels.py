@@ -9,7 +9,8 @@ says which file of a dataset is read how; Files makes samples of them.
 
 import multiprocessing
 import os
-import zlib
+import resource
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from functools import lru_cache
@@ -17,32 +18,52 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image  # comes with torchvision
+from PIL import Image, ImageOps  # come with torchvision
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from datasets import archives
+from datasets.classes import NYU_CLASSES, PARTS, SEMSEG
 from util.run import progress
 
-NUM_CLASSES = {"nyud": 40, "pascal": 21}  # of semseg
+SIDE, PHOTO = 4096, 2048  # the longest side, in pixels, of a dataset's image, and of a photo
+MAT_MEMORY = 4 << 30  # bytes that the process which reads MATLAB files may take: files inflate
 
 
 # --- files of any kind ----------------------------------------------------------------------------
-def read_image(path: Path, mode: str | None = "RGB") -> np.ndarray:
-    """Image file -> (H, W, 3) uint8, or with mode None as stored (palette indices stay indices)."""
+def read_image(path: Path, mode: str | None = "RGB", photo: bool = False) -> np.ndarray:
+    """Image file -> (H, W, 3) uint8, or with mode None as stored (palette indices stay indices).
+
+    photo: anyone's own, of which no labels exist: turned as its EXIF data say, shrunk to PHOTO.
+    """
+    if not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"no image file {path}")
     try:
         with Image.open(path) as image:
-            return np.array(image.convert(mode) if mode else image)
-    except FileNotFoundError:
-        raise ValueError(f"no image file {path}") from None
+            width, height = image.size
+            if photo:
+                image = ImageOps.exif_transpose(image)
+            elif max(image.size) > SIDE:  # what shares its batch would be padded to it
+                raise ValueError(f"it is {width}x{height} pixels, expected at most {SIDE} a side")
+            if mode and image.mode.startswith("I"):  # 16 bits of grey, which convert() would clip
+                image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
+            image = image.convert(mode) if mode else image
+            if photo:
+                image.thumbnail((PHOTO, PHOTO))
+            if mode and min(image.size) < 4:
+                raise ValueError(f"it is {width}x{height} pixels, too few a side for any backbone")
+            return np.array(image)
     except Exception as error:  # Pillow raises whatever the broken file led to
         raise ValueError(f"cannot read image {path}: {error}") from error
 
 
 def read_array(path: Path) -> np.ndarray:
-    """.npy file -> float32 array. Pickled objects are refused."""
+    """.npy file -> float32 array, (H, W) or (H, W, channels). Pickled objects are refused."""
     try:
-        return np.load(path, allow_pickle=False).astype(np.float32)
+        array = np.load(path, allow_pickle=False).astype(np.float32)
+        if array.ndim not in (2, 3):
+            raise ValueError(f"its shape is {array.shape}, expected (H, W) or (H, W, channels)")
+        return array
     except Exception as error:  # numpy raises whatever the broken file led to
         raise ValueError(f"cannot read {path}: {error}") from error
 
@@ -52,6 +73,9 @@ def read_mat(path: Path, key: str) -> np.ndarray | dict:
     from scipy.io import loadmat  # nothing else here needs scipy
     try:
         content = loadmat(path, simplify_cells=True)
+    except MemoryError as error:
+        raise ValueError(f"cannot read {path}: it needs more memory than the labels of any image "
+                         "do; fetch it again?") from error
     except Exception as error:  # scipy raises whatever the broken file led to
         raise ValueError(f"cannot read {path}: {error}") from error
     if key not in content:
@@ -64,9 +88,15 @@ def read_ids(path: Path) -> list[str]:
     """The image names of a split, one a line."""
     if not path.is_file():
         raise ValueError(f"no split file {path} (README, Data)")
-    ids = path.read_text().split()
+    try:
+        ids = path.read_text("utf-8-sig").split()  # with or without a byte order mark
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a list of image names: {error}") from error
     if not ids:
         raise ValueError(f"{path} lists no image")
+    id, times = Counter(ids).most_common(1)[0]
+    if times > 1:
+        raise ValueError(f"{path} lists {id} {times} times, expected each image once")
     return ids
 
 
@@ -74,7 +104,7 @@ def read_ids(path: Path) -> list[str]:
 def read_nyud_classes(path: Path) -> np.ndarray:
     """0 is void, 1..40 the classes -> 255, 0..39."""
     label = read_image(path, None)
-    if label.max() > NUM_CLASSES["nyud"]:
+    if label.max() > len(SEMSEG["nyud"]):
         raise ValueError(f"{path} holds class {label.max()}, expected 0 (void) to 40")
     return label.astype(np.uint8) - 1  # 0 wraps round to 255
 
@@ -82,21 +112,23 @@ def read_nyud_classes(path: Path) -> np.ndarray:
 def read_voc_classes(path: Path) -> np.ndarray:
     """0 is background, 1..20 the objects, 255 ignored."""
     label = read_image(path, None)
-    if ((label >= NUM_CLASSES["pascal"]) & (label != 255)).any():
+    if ((label >= len(SEMSEG["pascal"])) & (label != 255)).any():
         raise ValueError(f"{path} holds class {label[label != 255].max()}, expected 0 to 20 or 255")
     return label.astype(np.uint8)
 
 
-def read_saliency(path: Path) -> np.ndarray:
-    """Black is 0, white 1."""
-    return (read_image(path, "L") > 127).astype(np.uint8)
+def read_mask(path: Path) -> np.ndarray:
+    """Black is 0, white 1; stored as 0 and any other one value, that one is 1."""
+    mask = read_image(path, "L")
+    greys = len(np.unique(mask[mask > 0])) > 1
+    return (mask > (127 if greys else 0)).astype(np.uint8)
 
 
 def read_edges(path: Path) -> np.ndarray | None:
     """0 and 1 from .npy, black and white from .png; None without any edge: nobody drew them."""
-    png = path.suffix == ".png"
-    edges = read_image(path, "L") / 255 if png else read_array(path)
-    edges = (edges.reshape(edges.shape[:2]) > 0.5).astype(np.uint8)
+    edges = read_mask(path) if path.suffix == ".png" else read_array(path)
+    edges = edges[..., 0] if edges.shape[2:] == (1,) else edges
+    edges = (edges > 0.5).astype(np.uint8)
     return edges if edges.any() else None
 
 
@@ -113,10 +145,14 @@ def read_depth(path: Path) -> np.ndarray:
 
 def read_normals(path: Path) -> np.ndarray:
     """Unit vectors from .npy, or from .png as 2v/255 - 1, where grey and black are no normals."""
-    png = path.suffix == ".png"
-    normals = read_image(path).astype(np.float32) * (2 / 255) - 1 if png else read_array(path)
+    if path.suffix == ".png":
+        stored = read_image(path)
+        normals = stored * np.float32(2 / 255) - 1
+        normals[(stored == 0).all(-1) | (abs(normals) < 0.01).all(-1)] = 0
+    else:
+        normals = read_array(path)
     length = np.linalg.norm(normals, axis=-1, keepdims=True)  # (H, W, 1)
-    given = (length > 0.05) & (length < 1.7)  # neither (0, 0, 0) nor a black pixel
+    given = length > 0
     if given.any() and (abs(length[given] - 1) > 0.1).mean() > 0.1:
         raise ValueError(f"{path} has normals of median length {np.median(length[given]):.2f}, "
                          "expected 1")
@@ -138,20 +174,13 @@ def read_parts(path: Path) -> np.ndarray | None:
 
 
 # --- PASCAL's MATLAB files ------------------------------------------------------------------------
-# PASCAL-Part's names of a person's parts, as six.
-PARTS = {name: i for i, names in enumerate((
-    "head hair lear rear leye reye lebrow rebrow mouth nose", "torso neck", "luarm ruarm",
-    "llarm rlarm lhand rhand", "luleg ruleg", "llleg rlleg lfoot rfoot"), 1)
-    for name in names.split()}
-# PASCAL-Context's classes that NYU has too.
-NYU_CLASSES = [int(n) for n in """
-    3 4 6 9 10 11 13 15 17 18 22 23 29 30 33 34 36 37 38 39 41 43 46 49 50 51 53 55 56 59 61 62 65
-    66 68 69 72 73 78 83 84 85 87 88 95 96 101 104 105 107 111 113 115 122 124 135 141 142 143 146
-    150 154 157 158 159 165 172 174 181 183 184 191 193 195 197 199 202 213 215 216 219 220 223 225
-    228 230 232 233 238 239 242 243 246 250 251 252 255 260 261 263 269 272 273 275 281 283 284 285
-    286 287 288 290 291 292 293 295 304 307 309 310 314 315 319 323 329 330 331 336 342 345 349 350
-    351 352 355 357 368 370 371 374 379 380 383 384 397 401 403 405 407 408 411 412 413 414 417 419
-    421 423 427 429 430 432 440 441 442 443 444 446 454 457""".split()]
+def as_map(path: Path, name: str, value: object) -> np.ndarray:
+    """What a MATLAB file holds as `name`: (H, W) of numbers, not a scalar, a string, a struct."""
+    value = np.asarray(value)
+    if value.ndim != 2 or value.dtype.kind not in "buif":
+        raise ValueError(f"{path}: {name} has shape {value.shape} and type {value.dtype}, expected "
+                         "numbers (H, W)")
+    return value
 
 
 def human_parts(path: Path) -> np.ndarray:
@@ -163,7 +192,7 @@ def human_parts(path: Path) -> np.ndarray:
     try:
         for figure in listed(read_mat(path, "anno")["objects"]):
             for part in listed(figure["parts"]) if figure["class"] == "person" else ():
-                name, mask = part["part_name"], part["mask"] > 0
+                name, mask = part["part_name"], as_map(path, "mask", part["mask"]) > 0
                 if name not in PARTS:
                     raise ValueError(f"{path}: unknown part {name!r} of a person; expected one of "
                                      f"{', '.join(PARTS)}")
@@ -180,7 +209,8 @@ def human_parts(path: Path) -> np.ndarray:
 
 def known_to_nyu(path: Path) -> np.ndarray:
     """PASCAL-Context's .mat -> (H, W) uint8, 1 on the classes in NYU_CLASSES."""
-    return np.isin(read_mat(path, "LabelMap"), NYU_CLASSES).astype(np.uint8)
+    label = as_map(path, "LabelMap", read_mat(path, "LabelMap"))
+    return np.isin(label, NYU_CLASSES).astype(np.uint8)
 
 
 PARSERS = {"human_parts": human_parts, "trainval": known_to_nyu}  # by the .mat file's folder
@@ -189,9 +219,9 @@ PARSERS = {"human_parts": human_parts, "trainval": known_to_nyu}  # by the .mat 
 def parsed(path: Path) -> Path:
     """What a .mat file says, as a small png, computed once, outside the dataset."""
     parse = PARSERS[path.parent.name]
-    key = zlib.crc32(str(path.parent.resolve()).encode())
-    png = archives.CACHE / f"{parse.__name__}-{key:08x}" / f"{path.stem}.png"
-    if not png.is_file() or png.stat().st_mtime < path.stat().st_mtime:
+    folder, key = archives.CACHE / parse.__name__, archives.fingerprint(path)
+    png = folder / f"{path.stem}-{key}.png"
+    if not png.is_file():
         png.parent.mkdir(parents=True, exist_ok=True)
         partial = png.with_suffix(f".{os.getpid()}.tmp")
         Image.fromarray(in_another_process(parse, path)).save(partial, "png")
@@ -201,7 +231,8 @@ def parsed(path: Path) -> Path:
 
 @lru_cache(maxsize=None)
 def other_process() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(1, multiprocessing.get_context("forkserver"))
+    return ProcessPoolExecutor(1, multiprocessing.get_context("forkserver"), resource.setrlimit,
+                               (resource.RLIMIT_DATA, (MAT_MEMORY, MAT_MEMORY)))
 
 
 def in_another_process(read: Callable[[Path], np.ndarray], path: Path) -> np.ndarray:
@@ -227,7 +258,7 @@ LAYOUTS = {
         "image": (read_image, ("JPEGImages/{}.jpg",)),
         "semseg": (read_voc_classes, ("semseg/VOC12/{}.png", "semseg/pascal-context/{}.png")),
         "human_parts": (read_parts, ("human_parts/{}.mat",)),
-        "sal": (read_saliency, ("sal_distill/{}.png",)),
+        "sal": (read_mask, ("sal_distill/{}.png",)),
         "normals": (read_pascal_normals, ("normals_distill/{}.png",),
                     ("pascal-context/trainval/{}.mat",))}),
 }

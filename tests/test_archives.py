@@ -1,7 +1,10 @@
 """datasets/archives.py: unpacking, and downloads from a server of the test's own."""
 
+import errno
 import http.server
 import io
+import multiprocessing
+import os
 import tarfile
 import threading
 import time
@@ -43,22 +46,78 @@ def test_a_good_archive_is_unpacked_once(tmp_path):
 
 @pytest.mark.parametrize("members", [
     [*SPLITS, "../outside.txt"], [*SPLITS, "NYUD_MT/../../outside.txt"],
+    [*SPLITS, "/absolute.txt"], [*SPLITS, "NYUD_MT/two\nlines.txt"],
+    [*SPLITS, "d/" * 1500 + "deep.txt"],
+    [*SPLITS, link("NYUD_MT/link", "gt_sets/train.txt", tarfile.SYMTYPE)],
     [*SPLITS, link("NYUD_MT/link", "/etc/passwd", tarfile.SYMTYPE)],
+    [*SPLITS, link("NYUD_MT/link", SPLITS[0], tarfile.LNKTYPE)],
+    [*SPLITS, link("NYUD_MT/pipe", "", tarfile.FIFOTYPE)],
     [*SPLITS, link("NYUD_MT/link", "../../outside.txt", tarfile.SYMTYPE)],
     [*SPLITS, link("NYUD_MT/link", "../outside.txt", tarfile.LNKTYPE)],
     SPLITS[:1], SPLITS[1:], ["NYUD_MT/other.txt"]])
 def test_bad_archives_leave_nothing_behind(tmp_path, members):
-    """Paths and links that lead outside, a split missing: an error, and no folder."""
+    """Any link or pipe, paths that are not relative and plain, a split missing: one line about it,
+    before a folder is made."""
     path = make_archive(tmp_path / "NYUD_MT.tgz", *members)
-    with pytest.raises(ValueError, match="cannot unpack .*NYUD_MT.tgz"):
+    with pytest.raises(ValueError, match="cannot unpack .*NYUD_MT.tgz: .*; fetch it again") as error:
         unpack("nyud", path, tmp_path / "into")
-    assert not any((tmp_path / "into").iterdir()) and not (tmp_path / "outside.txt").exists()
+    assert len(str(error.value).splitlines()) == 1 and os.listdir(tmp_path) == ["NYUD_MT.tgz"]
 
 
-def test_absolute_paths_stay_inside(tmp_path):
-    path = make_archive(tmp_path / "NYUD_MT.tgz", *SPLITS, f"{tmp_path}/absolute.txt")
-    folder = unpack("nyud", path, tmp_path / "into")
-    assert not (tmp_path / "absolute.txt").exists() and list(folder.rglob("absolute.txt"))
+def test_a_chain_of_links_writes_nothing_outside(tmp_path):
+    """CVE-2025-4517: links that are longer, resolved, than realpath follows, so that tarfile's own
+    filter takes for inside what leads outside; here 17 links, and a file through the last."""
+    path, chain, deep = "NYUD_MT", [], "x" * 247
+    for step in "abcdefghijklmnop":
+        folder = tarfile.TarInfo(f"{path}/{deep}")
+        folder.type, folder.mode = tarfile.DIRTYPE, 0o755
+        chain += [folder, link(f"{path}/{step}", deep, tarfile.SYMTYPE)]
+        path += f"/{deep}"
+    up = "NYUD_MT/" + "/".join("abcdefghijklmnop") + "/" + "l" * 254
+    chain += [link(up, "../" * 16, tarfile.SYMTYPE),
+              link("NYUD_MT/out", up.removeprefix("NYUD_MT/") + "/../../../victim",
+                   tarfile.SYMTYPE), "NYUD_MT/out/victim.py"]
+    (tmp_path / "victim").mkdir()
+    archive = make_archive(tmp_path / "NYUD_MT.tgz", *SPLITS, *chain)
+    with pytest.raises(ValueError, match="is not a plain file or folder"):
+        unpack("nyud", archive, tmp_path / "into")
+    assert not os.listdir(tmp_path / "victim") and not (tmp_path / "into").exists()
+
+
+def unpack_at_once(archive, into, barrier):
+    barrier.wait()
+    unpack("nyud", archive, into)
+
+
+def test_two_processes_unpack_one_archive_at_once(tmp_path):
+    """Both end well, three times out of three, and what they leave is whole."""
+    context = multiprocessing.get_context("spawn")
+    names = [f"NYUD_MT/images/{i}.jpg" for i in range(1500)]
+    archive = make_archive(tmp_path / "NYUD_MT.tgz", *SPLITS, *names)
+    for turn in range(3):
+        into, barrier = tmp_path / f"into{turn}", context.Barrier(2)
+        both = [context.Process(target=unpack_at_once, args=(archive, into, barrier))
+                for _ in range(2)]
+        for process in both:
+            process.start()
+        for process in both:
+            process.join()
+        assert [process.exitcode for process in both] == [0, 0]
+        folder, = into.iterdir()  # and nothing else is left
+        assert folder == unpack("nyud", archive, into)
+        assert all((folder / name).read_text() == "1\n" for name in [*SPLITS, *names])
+
+
+def test_a_full_disk_is_not_the_archives_fault(tmp_path, monkeypatch, server):
+    """It is said in words, and what was downloaded stays."""
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere")
+    monkeypatch.setattr(archives, "CACHE", tmp_path / "cache")
+    monkeypatch.setitem(archives.SOURCES["nyud"], "url", server + "file")
+    monkeypatch.setattr(tarfile.TarFile, "extractall", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        find_dataset("nyud", tmp_path / "a", fetch=True)
+    assert os.listdir(tmp_path / "a") == ["NYUD_MT.tgz"] and not os.listdir(tmp_path / "cache")
 
 
 @pytest.mark.parametrize("keep", [0, 1, 40, -40, -1])
@@ -67,7 +126,7 @@ def test_truncated_archives_leave_nothing_behind(tmp_path, keep):
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(ValueError, match="cannot unpack .*NYUD_MT.tgz"):
         unpack("nyud", path, tmp_path / "into")
-    assert not any((tmp_path / "into").iterdir())
+    assert not (tmp_path / "into").exists()
 
 
 # --- downloads ---

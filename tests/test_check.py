@@ -65,6 +65,31 @@ def test_every_fault_is_named(nyud_folder, capsys):
     assert "train: 3 of 4 images readable" in text
 
 
+@pytest.mark.parametrize("length", [0.04, 0.5, 2, 255])
+def test_normals_of_any_other_length_are_named(nyud_folder, capsys, length):
+    """None passes for an image without normals."""
+    for path in nyud_folder.glob("normals/*.npy"):
+        np.save(path, np.load(path) * length)
+    text, code = scan(capsys, nyud_folder)
+    for name in (433, 464, 1407):
+        assert f"{name}.npy has normals of median length {length:.2f}, expected 1" in text
+    assert "is not usable" in code
+
+
+def test_a_task_without_any_label_in_a_split_is_a_fault(nyud_folder, capsys):
+    """Its metrics would be no numbers, and nothing would be learnt."""
+    for path in nyud_folder.glob("depth/*.npy"):
+        np.save(path, np.zeros_like(np.load(path)))
+    text, code = scan(capsys, nyud_folder)
+    assert "nyud train: depth has no valid pixel in any image" in text
+    assert "nyud val: depth has no valid pixel in any image" in text and "2 faults" in code
+
+
+def test_an_image_listed_twice_is_a_fault(nyud_folder, capsys):
+    (nyud_folder / "gt_sets/val.txt").write_text("464\n972\n464\n")
+    assert "val.txt lists 464 2 times, expected each image once" in scan(capsys, nyud_folder)[1]
+
+
 @pytest.mark.parametrize("what", ["gt_sets/val.txt", "gt_sets"])
 def test_without_splits_there_is_nothing_to_check(nyud_folder, capsys, what):
     path = nyud_folder / what

@@ -1,6 +1,8 @@
 """data.py, datasets/rooms.py, datasets/labels.py: both NYUD layouts, and the warp."""
 
+import os
 import shutil
+import zlib
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from data import Files, Rooms, collate, draw_augmentation, epoch_batches, loader, warp
+from datasets import labels
 from datasets.archives import find_dataset
 from datasets.labels import NYU_CLASSES, PARTS
 from datasets.rooms import render_room
@@ -389,9 +392,13 @@ def test_matlab_files_are_parsed_once_and_kept_elsewhere(pascal_folder, monkeypa
                         lambda *a: pytest.fail("parsed again"))
     again = Files("pascal", pascal_folder, "train", PASCAL)[0]
     assert all(torch.equal(first[k], again[k]) for k in first)
-    (pascal_folder / "human_parts/2008_000008.mat").touch()
-    with pytest.raises(pytest.fail.Exception, match="parsed again"):
-        Files("pascal", pascal_folder, "train", PASCAL)
+    mat = pascal_folder / "human_parts/2008_000008.mat"
+    before = mat.stat()
+    for change in (mat.touch, lambda: mat.write_bytes(mat.read_bytes() + b"more")):
+        change()
+        os.utime(mat, ns=(0, before.st_mtime_ns - (change == mat.touch)))  # older, or as large
+        with pytest.raises(pytest.fail.Exception, match="parsed again"):
+            Files("pascal", pascal_folder, "train", PASCAL)
 
 
 def save_mat(path, **content):
@@ -417,7 +424,12 @@ ONES = np.ones((442, 500), np.uint8)
      r"the mask of nose has shape \(441, 500\), others \(442, 500\)"),
     ("human_parts", lambda p: save_mat(p, anno=person(("head", ONES[1:]))),
      r"has shape \(441, 500\), expected \(442, 500\) as its image has"),
+    ("human_parts", lambda p: save_mat(p, anno=person(("head", 1))), "mask has shape \\(\\)"),
+    ("human_parts", lambda p: save_mat(p, anno=person(("head", "m"))), "mask has .* type <U1"),
     ("human_parts", lambda p: p.write_bytes(p.read_bytes()[:3000]), "cannot read .*000008.mat"),
+    ("pascal-context/trainval", lambda p: save_mat(p, LabelMap=3), "LabelMap has shape \\(\\)"),
+    ("pascal-context/trainval", lambda p: save_mat(p, LabelMap="map"), "LabelMap has .* type <U3"),
+    ("pascal-context/trainval", lambda p: save_mat(p, LabelMap={"a": 1}), "LabelMap has .* object"),
     ("pascal-context/trainval", lambda p: save_mat(p, LabelMap=ONES[1:]),
      r"has shape \(441, 500\), expected \(442, 500\)"),
     ("pascal-context/trainval", lambda p: save_mat(p, Labels=ONES), "has no variable LabelMap"),
@@ -441,3 +453,103 @@ def test_bad_splits_and_classes_are_named(pascal_folder):
     Image.new("L", (500, 375), 33).save(pascal_folder / "semseg/VOC12/2008_000026.png")
     with pytest.raises(ValueError, match="holds class 33, expected 0 to 20 or 255"):
         Files("pascal", pascal_folder, "val", PASCAL)[0]
+
+
+def test_a_matlab_file_may_not_inflate_without_limit(tmp_path, monkeypatch):
+    """300,000,000 zeros in a file of 1.3 MB; of a limit of 1 GiB, Python and torch take most."""
+    n = 300_000_000
+    numbers = np.array([6, 8, 6, 0, 5, 8, n // 1000, 1000, 1, 8], "<u4").tobytes() + b"LabelMap"
+    packer = zlib.compressobj(1)
+    packed = packer.compress(np.array([14, n + 64], "<u4").tobytes() + numbers)
+    packed += packer.compress(np.array([2, n], "<u4").tobytes())
+    packed += b"".join(packer.compress(bytes(n // 100)) for _ in range(100)) + packer.flush()
+    path = tmp_path / "bomb.mat"
+    path.write_bytes(b"MATLAB 5.0".ljust(124) + b"\0\1IM"
+                     + np.array([15, len(packed)], "<u4").tobytes() + packed)
+    monkeypatch.setattr(labels, "MAT_MEMORY", 1 << 30)
+    labels.other_process.cache_clear()
+    with pytest.raises(ValueError, match="bomb.mat: it needs more memory than"):
+        labels.in_another_process(labels.known_to_nyu, path)
+    labels.other_process.cache_clear()
+
+
+# --- what a file can be instead of what it should be ---
+@pytest.mark.parametrize("content, message", [
+    (b"433\n834\n433\n", "train.txt lists 433 2 times"),
+    ("433\n834\n".encode("utf-16"), "train.txt is not a list of image names"),
+    (b"433\n\xe4\n", "train.txt is not a list of image names")])
+def test_bad_lists_of_images_are_named(nyud_folder, content, message):
+    """An image twice, another encoding; with a byte order mark the names are what they are."""
+    listing = nyud_folder / "gt_sets/train.txt"
+    listing.write_bytes(b"\xef\xbb\xbf433\n834\n")
+    assert NYUD(nyud_folder).ids == ["433", "834"]
+    listing.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        NYUD(nyud_folder)
+
+
+@pytest.mark.parametrize("length", [0.04, 0.5, 1.8, 2, 255])
+def test_normals_of_another_length_are_refused(tmp_path, length):
+    """Whichever it is, with invalid pixels or without; a few are allowed, and left out."""
+    normals = np.zeros((8, 8, 3), np.float32)
+    normals[2:, :, 2] = length
+    np.save(tmp_path / "a.npy", normals)
+    with pytest.raises(ValueError, match=f"a.npy has normals of median length {length:.2f}, exp"):
+        labels.read_normals(tmp_path / "a.npy")
+    normals[3:, :, 2] = -1
+    normals[2, 3:] = 0
+    np.save(tmp_path / "a.npy", normals)
+    read = labels.read_normals(tmp_path / "a.npy")
+    assert (read[3:] == (0, 0, -1)).all() and not read[:3].any()
+
+
+def test_normals_in_a_png_are_none_where_black_or_grey(tmp_path):
+    """Both greys, and black, whose vector has a length of 1.73; a blue one points to the camera."""
+    pixels = np.zeros((5, 8, 3), np.uint8)
+    pixels[1], pixels[2], pixels[3:] = 127, 128, (128, 127, 255)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    read = labels.read_normals(tmp_path / "a.png")
+    assert not read[:3].any() and (abs(read[3:] - (0, 0, 1)) < 0.01).all()
+
+
+@pytest.mark.parametrize("white", [1, 38, 255])
+def test_masks_may_be_stored_as_0_and_1(tmp_path, white):
+    """Or as any two values; where there are more, a map of greys, its half is the border."""
+    truth = np.eye(8, dtype=np.uint8)
+    Image.fromarray(truth * white).save(tmp_path / "a.png")
+    assert (labels.read_mask(tmp_path / "a.png") == truth).all()
+    assert (labels.read_edges(tmp_path / "a.png") == truth).all()
+    Image.fromarray(np.array([[0, 1, 127, 128]] * 4, np.uint8)).save(tmp_path / "a.png")
+    assert labels.read_mask(tmp_path / "a.png").tolist() == [[0, 0, 0, 1]] * 4
+
+
+@pytest.mark.parametrize("size", [(60000, 4), (4, 60000), (640, 1), (3, 3)])
+def test_images_of_absurd_sizes_are_refused(tmp_path, size):
+    """A batch is padded to its largest image, and backbones begin with patches of 4 pixels."""
+    Image.new("RGB", size).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=f"cannot read image .*a.png: it is {size[0]}x{size[1]} p"):
+        labels.read_image(tmp_path / "a.png")
+
+
+def test_a_photo_is_read_as_it_is_looked_at(tmp_path):
+    """Turned as its EXIF data say, 16 bits of grey not clipped to 8, a huge one shrunk."""
+    path, exif = tmp_path / "a.png", Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright: turn by 90 degrees
+    pixels = np.zeros((8, 12, 3), np.uint8)
+    pixels[:, :6] = 200  # bright at the left as stored, at the top as seen
+    Image.fromarray(pixels).save(path, exif=exif)
+    assert labels.read_image(path).shape == (8, 12, 3)  # a label would lie on this one
+    assert labels.read_image(path, photo=True).tolist() == pixels.transpose(1, 0, 2).tolist()
+    Image.fromarray(np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)).save(path)
+    for photo in (False, True):
+        assert (np.diff(labels.read_image(path, photo=photo)[..., 0].ravel().astype(int)) > 0).all()
+    Image.new("L", (8000, 4000)).save(path)
+    assert labels.read_image(path, photo=True).shape == (1024, 2048, 3)
+
+
+@pytest.mark.parametrize("shape", [(), (6,), (2, 3, 4, 5)])
+def test_arrays_of_other_dimensions_are_named(tmp_path, shape):
+    np.save(tmp_path / "a.npy", np.ones(shape, np.float32))
+    for read in (labels.read_normals, labels.read_depth, labels.read_edges):
+        with pytest.raises(ValueError, match="cannot read .*a.npy: its shape is"):
+            read(tmp_path / "a.npy")

@@ -1,6 +1,7 @@
 """Damaged files of every kind: a one-line error or a correct result, never anything else."""
 
 import json
+import os
 import random
 import signal
 import tarfile
@@ -123,7 +124,7 @@ KINDS = {  # file name: (how it is written, how it is read, what a result withou
     "photo.png": (write_photo, read_image, lambda x: x.dtype == np.uint8 and x.shape[2] == 3),
     "nyud.png": (write_png, labels.read_nyud_classes, classes(40)),
     "voc.png": (write_png, labels.read_voc_classes, classes(21)),
-    "sal.png": (write_png, labels.read_saliency, classes(2)),
+    "sal.png": (write_png, labels.read_mask, classes(2)),
     "depth.npy": (lambda p: np.save(p, ROOM["depth"][0].numpy()), labels.read_depth,
                   lambda x: np.isfinite(x).all() and (x >= 0).all()),
     "normals.npy": (lambda p: np.save(p, ROOM["normals"].permute(1, 2, 0).numpy()),
@@ -172,3 +173,10 @@ def test_damaged_files_end_in_one_line_or_a_correct_result(name, tmp_path):
                 continue
         assert same(found, whole) if valid is SAME else valid(found), f"case {case}"
     assert refused, "no damage was noticed at all"
+
+
+@pytest.mark.parametrize("photo", [False, True])
+def test_a_pipe_is_not_waited_for(tmp_path, photo):
+    os.mkfifo(tmp_path / "a.png")
+    with no_hang(5), pytest.raises(ValueError, match="no image file .*a.png"):
+        read_image(tmp_path / "a.png", photo=photo)

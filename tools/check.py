@@ -4,9 +4,9 @@
 
 Named one by one: files that are missing or cannot be read, or of another size than their image;
 class numbers that cannot be; depth that looks like millimetres, normals that are not of length 1;
-images in both splits. Noted: labels without any valid pixel, which training simply skips. Then
-numbers that a person can judge: image sizes, the share of valid pixels, how often each class is
-there, the range of depth, the mean normal.
+images in both splits; a task without any valid pixel in a split. Noted: single labels without one,
+which training simply skips. Then numbers that a person can judge: image sizes, the share of valid
+pixels, how often each class is there, the range of depth, the mean normal.
 """
 
 import argparse
@@ -16,9 +16,10 @@ import numpy as np
 import torch
 
 from datasets.archives import find_dataset
-from datasets.labels import LAYOUTS, NUM_CLASSES, Files
+from datasets.classes import SEMSEG
+from datasets.labels import LAYOUTS, Files
 from tasks import make_tasks
-from util.run import progress
+from util.run import one_line_errors, progress
 
 
 class Summary:
@@ -41,7 +42,7 @@ class Summary:
         if self.task.name in ("depth", "normals"):
             self.sums += values.sum(0, dtype=float)
         else:
-            self.sums += np.bincount(values, minlength=NUM_CLASSES["nyud"])
+            self.sums += np.bincount(values, minlength=len(SEMSEG["nyud"]))
         self.least, self.most = min(self.least, values.min()), max(self.most, values.max())
 
     def __str__(self) -> str:
@@ -83,6 +84,8 @@ def check_split(name: str, root: Path, split: str, tasks: list) -> tuple[list[st
                 summaries[kind].add(value, id)
         progress(f"{name} {split}: {i} of {len(dataset)} images, {len(wrong)} wrong",
                  i == len(dataset))
+    wrong += [f"{name} {split}: {kind} has no valid pixel in any image"
+              for kind, summary in summaries.items() if not summary.valid]
     text = f"{split}: {len(sizes)} of {len(dataset)} images readable"
     if sizes:
         text += ", {}x{} to {}x{}".format(*min(sizes), *max(sizes))
@@ -96,13 +99,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data-root", default="data", help="folder of the dataset, or its archive")
     args = parser.parse_args(argv)
     kinds = [kind for kind in LAYOUTS[args.dataset]["files"] if kind != "image"]
-    tasks = make_tasks(kinds, NUM_CLASSES[args.dataset])
-    try:
+    tasks = make_tasks(kinds, len(SEMSEG[args.dataset]))
+    with one_line_errors():
         root = find_dataset(args.dataset, args.data_root)
         wrong, train_text, train_ids = check_split(args.dataset, root, "train", tasks)
         wrong_val, val_text, val_ids = check_split(args.dataset, root, "val", tasks)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {str(error).strip().splitlines()[-1]}") from error
     wrong = wrong + wrong_val
     both = sorted(set(train_ids) & set(val_ids))
     if both:
