@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -138,20 +139,47 @@ def test_nan_predictions_are_counted_and_not_averaged_away(rooms_run, capsys, mo
 
 
 def test_images_without_any_label_are_no_number(rooms_run, tmp_path, monkeypatch, capsys):
-    """A task that no image labels has NaN, for the constant too, and 0 valid pixels."""
-    render = eval.open_dataset
-
-    def unlabelled(*a):
-        samples = render(*a)
-        for sample in samples.samples:
-            sample["depth"] = sample["depth"] * 0
-        return samples
-    monkeypatch.setattr(eval, "open_dataset", unlabelled)
+    """A task that no image labels has null, for the constant too, and 0 valid pixels; the table
+    says why, of the delta-m too."""
+    monkeypatch.setattr(eval, "open_dataset", without_depth(eval.open_dataset))
     eval.main(["--checkpoint", str(rooms_run / "best.pt"), "--device", "cpu", "--json"])
-    found = json.loads(capsys.readouterr().out)
-    assert np.isnan(found["results"]["depth"]["rmse"]) and found["pixels"]["depth"] == 0
-    assert np.isnan(found["reference"]["depth"]["rmse"]) and np.isfinite(found["loss"])
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert found["results"]["depth"]["rmse"] is None and found["pixels"]["depth"] == 0
+    assert found["reference"]["depth"]["rmse"] is None and np.isfinite(found["loss"])
     assert found["results"]["semseg"]["mIoU"] > 0
+    eval.main(["--checkpoint", str(rooms_run / "best.pt"), "--device", "cpu"])
+    assert "depth        no image has a label of it" in capsys.readouterr().out
+
+
+def without_depth(open_data, split="val"):
+    """open_dataset, but that no image of the split has a label of depth."""
+    def opened(config, name):
+        dataset = open_data(config, name)
+        samples = [dataset[i] for i in range(len(dataset))]
+        return [{**sample, "depth": sample["depth"] * (name != split)} for sample in samples]
+    return opened
+
+
+def test_without_validation_labels_the_best_is_by_the_loss(rooms_run, tmp_path, monkeypatch,
+                                                           capsys):
+    """There is no delta-m then, and JSON says null; the run resumes, and is read as a baseline."""
+    flags = ["--out", tmp_path / "run", "--baseline", rooms_run / "metrics.json"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "run", partial(train.run, open_data=without_depth(train.open_dataset)))
+        with stopped_after_an_epoch(monkeypatch):
+            run(*flags)
+        run(*flags, "--resume")
+    text = (tmp_path / "run/metrics.json").read_text()
+    metrics = json.loads(text, parse_constant=pytest.fail)
+    assert metrics["delta_m"] is None and metrics["results"]["depth"]["rmse"] is None
+    lines = [json.loads(line, parse_constant=pytest.fail)
+             for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    losses = {line["epoch"]: line["loss"] for line in lines if "results" in line}
+    assert metrics["epoch"] == min(losses, key=losses.get) == 2  # not the first
+    shown = capsys.readouterr().out
+    assert "no image has a label of it: its metrics, and delta-m, are not a number" in shown
+    assert "no rmse of depth" in refused("--out", tmp_path / "other", "--baseline",
+                                         tmp_path / "run/metrics.json")
 
 
 def test_evaluation_does_not_depend_on_the_batch_size(tmp_path):
@@ -274,7 +302,8 @@ def test_a_gradient_that_is_not_finite_is_never_saved(tmp_path, monkeypatch, log
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_step", broken)
         message = refused(*flags)
-    assert "the loss of semseg, depth, normals, or the gradient, is not finite between" in message
+    assert "is not finite between" in message if last_step else "was not written" in message
+    assert "the checkpoints are from before" in message
     for name in ("last.pt", "best.pt"):
         state = torch.load(tmp_path / "run" / name, weights_only=True)
         assert state["step"] == 2
@@ -471,8 +500,8 @@ def test_resuming_with_another_configuration_is_refused(rooms_run):
 
 def test_bad_checkpoints_are_refused(rooms_run, tmp_path):
     """Missing, cut short, not ours, from another backbone, with a weight missing."""
-    assert "no checkpoint file" in refused("--checkpoint", tmp_path / "none.pt", by=eval)
-    assert "no checkpoint file" in refused("--checkpoint", tmp_path, by=eval)
+    assert "no file" in refused("--checkpoint", tmp_path / "none.pt", by=eval)
+    assert "no file" in refused("--checkpoint", tmp_path, by=eval)
     assert "only --method full" in refused("--checkpoint", rooms_run / "best.pt",
                                            "--export-backbone", tmp_path / "b.pth", by=eval)
     good = rooms_run / "best.pt"
@@ -487,6 +516,7 @@ def test_bad_checkpoints_are_refused(rooms_run, tmp_path):
     torch.save(state, bad)
     assert "1 weights are missing" in refused("--checkpoint", bad, by=eval)
     shutil.copy(bad, tmp_path / "last.pt")
+    shutil.copy(good, tmp_path / "best.pt")
     assert "1 weights are missing" in refused("--resume", "--out", tmp_path)
 
 
@@ -495,4 +525,4 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_task(tmp_path, mo
     monkeypatch.setattr("tasks.Depth.loss", lambda *a: loss(*a) * float("nan"))
     message = refused("--out", tmp_path / "run", "--groups", "1,1,1,1")
     assert "the loss of depth is not finite between steps 0 and 1" in message
-    assert not (tmp_path / "run/last.pt").exists()
+    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 0
