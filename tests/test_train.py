@@ -1,6 +1,7 @@
 """train.py and eval.py as a user runs them, small; and what they say to bad input."""
 
 import json
+import os
 import shutil
 import signal
 from functools import partial
@@ -361,6 +362,12 @@ def test_a_backbone_can_be_exported_and_used(tmp_path):
     run("--weights", tmp_path / "backbone.pth", "--out", tmp_path / "run")
     message = refused("--out", tmp_path / "run", "--resume", "--weights", "none")
     assert "backbone.pth, not none" in message
+    for name in ("backbone.pth", "full/best.pt"):  # not even itself
+        before = (tmp_path / name).read_bytes()
+        message = refused("--checkpoint", tmp_path / "full/best.pt", "--export-backbone",
+                          tmp_path / name, by=eval)
+        assert f"{name} exists already" in message
+        assert (tmp_path / name).read_bytes() == before
 
 
 def test_real_images_train_evaluate_and_predict(nyud_archive, tmp_path, monkeypatch, capsys):
@@ -446,6 +453,7 @@ ALL = ["semseg", "depth", "normals"]
     (["--baseline", "nowhere.json"], "nowhere.json"),
     (["--dataset", "nyud", "--data-root", "nowhere"], "nyud: nowhere does not exist"),
     (["--device", "gpu"], "--device gpu cannot be used here"),
+    (["--device", "meta"], "--device meta cannot be used here"),
     (["--weights", "imagenet"], "none from imagenet for backbone mini"),
     (["--dataset", "nyud", "--data-root", __file__], "cannot unpack"),
 ])
@@ -477,12 +485,46 @@ def test_out_must_be_a_folder(tmp_path):
     ([[ALL], [ALL], [["semseg", "depth"], ["edges"]], [[t] for t in ALL]],
      "is for other tasks: edges not among"),
     ([[ALL], [ALL]], "2 stages, but the backbone has 4"),
+    ([[ALL], [ALL, []], [ALL], [[t] for t in ALL]], "and no empty group"),
     (3, "is not {"),
 ])
 def test_bad_trees_are_refused(tmp_path, stages, message):
     """Not nested, a task missing or unknown, too few stages, not a tree at all."""
     path = write_tree(tmp_path / "tree.json", stages)
     assert message in refused("--tree", path, "--out", tmp_path / "run")
+
+
+@pytest.mark.parametrize("flag", ["--tree", "--baseline"])
+def test_files_of_flags_are_files_of_some_depth(tmp_path, flag):
+    """JSON of 100,000 brackets, a FIFO that nobody writes to, a folder: one line that names it."""
+    (tmp_path / "deep").write_text('{"tree": ' + "[" * 100_000)
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "fifo")
+    for name in ("deep", "folder", "fifo"):
+        assert str(tmp_path / name) in refused(flag, tmp_path / name, "--out", tmp_path / "run")
+
+
+class Deadly:
+    """Samples of which the third kills the process that reads it."""
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, i):
+        if i == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.samples[i]
+
+
+def test_a_killed_worker_is_one_line(tmp_path, monkeypatch):
+    """As where the memory does not suffice."""
+    monkeypatch.setattr(train, "run", partial(
+        train.run, open_data=lambda *a: Deadly(train.open_dataset(*a))))
+    assert "DataLoader worker" in refused("--out", tmp_path / "run", "--workers", "1", "--groups",
+                                          "1,1,1,1")
 
 
 def test_a_run_is_never_overwritten(rooms_run):

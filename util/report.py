@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw  # comes with torchvision
@@ -179,7 +180,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     freedom = len(values) - 1
     if not freedom:
         return values[0], math.inf
-    error = statistics.stdev(values) / math.sqrt(len(values))
+    error = np.std(values, ddof=1) / math.sqrt(len(values))  # statistics.stdev knows no NaN
     return statistics.mean(values), T95[min(freedom, len(T95) - 1)] * error
 
 
@@ -242,7 +243,7 @@ def format_runs(methods: dict, baseline: dict | None, epoch: str) -> str:
     """
     def spread(values: list[float]) -> str:
         mean = statistics.mean(values)
-        return f"{mean:.4f}" + (f" +- {statistics.stdev(values):.4f}" if len(values) > 1 else "")
+        return f"{mean:.4f}" + (f" +- {np.std(values, ddof=1):.4f}" if len(values) > 1 else "")
 
     names = list(dict.fromkeys(name for seeds in methods.values() for run in seeds.values()
                                for name in run["results"]))
