@@ -13,7 +13,7 @@ References: arXiv 2509.19602, section 4.2.
 """
 
 import argparse
-import json
+import os
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext, redirect_stdout
@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 import cost
 from data import ToDevice, loader, open_dataset, warp
-from tools.export import export_backbone, export_merged
-from util.checkpoint import load_run
+from tools.export import export_backbone, export_merged, load_run
+from util.checkpoint import to_json
 from util.report import draw_photos, format_gates, format_table, watch_gates
 from util.run import amp_dtype, one_line_errors, pick_device
 
@@ -134,7 +134,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "for runs of --method full")
     add("--merge", type=Path, help="write the network with merged adapters, as a graph that needs "
         "no code of ours (torch.export), and stop")
-    add("--data-root", help="where the dataset is now, if not where it was trained")
+    add("--data-root", default="data", help="folder of the dataset, or its archive")
+    add("--workers", type=int, default=min(4, os.cpu_count()), help="processes that load data")
     add("--weights", help="where the backbone's weights are now, if not where they were")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
     add("--json", action="store_true", help="print JSON instead of tables")
@@ -154,7 +155,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 def evaluate_checkpoint(args: argparse.Namespace) -> str:
     """What --checkpoint and the other flags ask for, as the text to print."""
     model, tasks, config = load_run(args.checkpoint, args.weights)
-    config.data_root = args.data_root or config.data_root
+    config.data_root, config.cache = args.data_root, False  # what it costs is not the file's say
     if args.export_backbone:
         return export_backbone(model, config, args.export_backbone)
     if args.merge:
@@ -166,13 +167,13 @@ def evaluate_checkpoint(args: argparse.Namespace) -> str:
         paths = draw_photos(args.image, args.checkpoint.parent, predict, tasks, size, device)
         return "\n".join(f"wrote {path}" for path in paths)
     dataset = open_dataset(config, "val")
-    batches = ToDevice(loader(dataset, [[i] for i in range(len(dataset))], config.workers), device)
+    batches = ToDevice(loader(dataset, [[i] for i in range(len(dataset))], args.workers), device)
     gates = watch_gates(model)  # none but of bdta
     outcome = evaluate(predict, tasks, batches, size)
     outcome["reference"] = reference(tasks, batches, size)
     outcome["gates"] = [torch.stack(seen).mean(0).tolist() for seen in gates]  # of each stage
     if args.json:
-        return json.dumps(outcome)
+        return to_json(outcome)
     return (format_table(tasks, outcome, outcome["reference"], size)
             + format_gates(config.tasks, outcome["gates"]))
 

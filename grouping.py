@@ -216,9 +216,10 @@ def build_tree(sim: np.ndarray, groups_per_stage: Sequence[int],
 def check_tree(tree: Sequence[Partition], num_tasks: int) -> None:
     """Raise ValueError unless every stage covers all tasks once and lies inside the one before."""
     for i, partition in enumerate(tree, 1):
-        if sorted(t for group in partition for t in group) != list(range(num_tasks)):
+        if (sorted(t for group in partition for t in group) != list(range(num_tasks))
+                or () in partition):
             raise ValueError(f"tree: stage {i} must hold each of the {num_tasks} tasks exactly "
-                             "once")
+                             "once, and no empty group")
         if i > 1:
             parents(tree[i - 2], partition)
 
@@ -264,15 +265,15 @@ def name_tree(tree: Sequence[Partition], names: Sequence[str]) -> list[list[list
 
 def read_tree(path: str | Path, names: Sequence[str]) -> list[Partition]:
     """The tree of a file {"tree": [[["semseg", "depth"], ["normals"]], ...]}, checked."""
+    if not Path(path).is_file():  # nor a FIFO, which would be waited for
+        raise ValueError(f"tree: cannot read {path}: there is no such file")
     try:
         stages = json.loads(Path(path).read_text())["tree"]
         index = {name: t for t, name in enumerate(names)}
         unknown = {name for stage in stages for group in stage for name in group} - set(index)
         tree = [sorted(tuple(sorted(index[name] for name in group if name in index))
                        for group in stage) for stage in stages]
-    except OSError as error:
-        raise ValueError(f"tree: cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f'tree: {path} is not {{"tree": [for each stage, [for each group, [names '
                          'of tasks]]]}') from error
     if unknown:

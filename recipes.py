@@ -7,8 +7,11 @@ other paper is named.
 """
 
 import argparse
+import io
+import json
 import math
 import os
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +21,7 @@ from grouping import Partition, build_tree
 from model import METHODS, stage_ranks
 from tasks import delta_m
 from tglora import split_rank
-from util.checkpoint import read_results
+from util.run import reading
 
 COMMON = dict(
     warmup=20 / 300,        # share of the run before the peak: 20 epochs of the paper's 300
@@ -209,8 +212,7 @@ def make_parser(dataset: str, method: str,
     add("--out", help="folder of the run; default runs/DATASET")
     add("--resume", action="store_true", help="continue from --out's last.pt")
     add("--eval-every", type=int, help="epochs between evaluations")
-    add("--log-every", type=int,
-        help="steps between log lines; each epoch ends with one too")
+    add("--log-every", type=int, help="steps between log lines; each epoch ends with one too")
     add("--baseline", nargs="+", help="metrics.json of the single-task runs, one or one a task: "
         "best.pt is then the best by delta-m")
     recipe = RECIPES[dataset]
@@ -223,9 +225,13 @@ def make_parser(dataset: str, method: str,
 AT_LEAST_1 = ("epochs", "batch_size", "accumulate", "rank", "sim_images", "head_epochs",
               "eval_every", "log_every", "train_rooms", "val_rooms", "reduction")
 AT_LEAST_0 = ("lr", "head_lr", "warmup", "dropout", "drop_path", "weight_decay", "clip", "rotate",
-              "workers")
-BELOW_1 = ("warmup", "dropout", "drop_path")
+              "workers", "seed", "last_rank")
+AT_MOST = dict(warmup=0.99, dropout=0.99, drop_path=0.99, workers=256, seed=2 ** 32, rank=4096,
+               last_rank=4096, train_rooms=10 ** 5, val_rooms=10 ** 5)  # else without end
 NOT_OF_BDTA = ("rank", "last_rank", "without", "frozen", "dropout", "fused")
+# What shapes a network, and what it is measured on: a checkpoint says it, and nothing else.
+OF_NETWORK = ("dataset method tasks size backbone weights rank last_rank reduction layers without "
+              "frozen fused groups seed amp val_rooms").split()
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -244,14 +250,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if not config.groups:
         config.groups = default_groups(config)
     for name in AT_LEAST_1 + AT_LEAST_0:
-        low, high = int(name in AT_LEAST_1), 0.99 if name in BELOW_1 else math.inf
-        if not low <= getattr(config, name) <= high:
+        low, high = int(name in AT_LEAST_1), AT_MOST.get(name, math.inf)
+        if not low <= (getattr(config, name) or 0) <= high:
             parser.error(f"--{name.replace('_', '-')} must be at least {low}"
-                         + (f" and at most {high}" if name in BELOW_1 else ""))
+                         + f" and at most {high}" * (name in AT_MOST))
     if len(config.groups) != 4:
         parser.error("--groups needs four numbers, one for each stage of the backbone")
-    if min(config.size) < 32:
-        parser.error("--size must be at least 32")
+    for name, low in (("size", 32), ("fused", 1)):
+        if not low <= min(getattr(config, name)) <= max(getattr(config, name)) <= 4096:
+            parser.error(f"--{name} must be at least {low} and at most 4096")
     if config.method != "tglora":  # what would be ignored, or change the cost alone
         if config.tree or set(config.groups) != {1}:
             parser.error(f"--groups and --tree go with --method tglora; {config.method} has no "
@@ -282,6 +289,22 @@ def default_groups(config: argparse.Namespace) -> tuple[int, ...]:
     return paper_groups(len(config.tasks))
 
 
+def network_flags(saved: dict) -> argparse.Namespace:
+    """A checkpoint's flags OF_NETWORK, checked as if typed; the others are the recipe's."""
+    argv, skipped = [], NOT_OF_BDTA if saved["method"] == "bdta" else ("reduction",)
+    for name in OF_NETWORK:
+        value = None if name in skipped else saved[name]
+        if isinstance(value, (list, tuple)):
+            value = ("x" if name == "size" else ",").join(map(str, value))
+        if value not in (None, ""):  # as it is without the flag
+            argv.append(f"--{name.replace('_', '-')}={value}")
+    try:
+        with redirect_stderr(io.StringIO()) as said:
+            return parse_arguments(argv)
+    except SystemExit:
+        raise ValueError(said.getvalue().strip().rpartition("error: ")[2]) from None
+
+
 # --- what only the run can check ------------------------------------------------------------------
 def tree_without_choice(config: argparse.Namespace, num_tasks: int) -> list[Partition] | None:
     """The tree, where --groups leaves no choice: all tasks together or each alone; else None.
@@ -292,6 +315,16 @@ def tree_without_choice(config: argparse.Namespace, num_tasks: int) -> list[Part
     for partition, rank in zip(tree, stage_ranks(config)):
         split_rank(rank, [len(group) for group in partition])
     return tree if set(config.groups) <= {1, num_tasks} else None
+
+
+def read_results(path: Path) -> dict:
+    """The object in a metrics.json; its null, which is not a number, as NaN. Raises ValueError."""
+    with reading(path, "a metrics.json of a run"):
+        content = json.loads(path.read_text())
+        for run in (content, content.get("last") or content):
+            run["results"] = {task: {k: math.nan if v is None else float(v) for k, v in own.items()}
+                              for task, own in run["results"].items()}
+        return content
 
 
 def read_baseline(config: argparse.Namespace, tasks: list) -> dict:

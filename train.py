@@ -13,7 +13,6 @@ References: arXiv 2509.19602, sections 4 and 7; docs/CHOICES.md.
 """
 
 import argparse
-import json
 import math
 import os
 import warnings
@@ -33,11 +32,13 @@ from recipes import parse_arguments, read_baseline, tree_without_choice
 from similarity import finetune_decoders, format_similarity, fresh_decoders, task_similarity
 from stability import stability
 from tasks import delta_m, make_tasks
-from util.checkpoint import (VERSIONS, check_out, check_space, fingerprint, load_trained, open_log,
-                             read_checkpoint, save, trained_state, write_json)
+from util.checkpoint import (VERSIONS, check_out, check_space, fingerprint, load_optimizer,
+                             load_trained, lock, open_log, read_checkpoint, save, to_json,
+                             trained_state, write_json)
 from util.parallel import Team
 from util.report import draw_curves, draw_samples, format_line, format_table
-from util.run import LossMeter, amp_dtype, one_line_errors, pick_device, progress, stop_signals
+from util.run import (LossMeter, amp_dtype, one_line_errors, pick_device, progress, reading,
+                      stop_signals)
 
 
 # --- the tree -------------------------------------------------------------------------------------
@@ -150,10 +151,9 @@ def train_step(model: nn.Module, tasks: list, optimizer: torch.optim.Optimizer,
 
 
 def quality(found: dict) -> float:
-    """Of an evaluation, higher is better: delta-m where a baseline was given, else minus the loss.
-    """
-    value = found.get("delta_m", -found["loss"])
-    return -math.inf if math.isnan(value) else value
+    """Of an evaluation, higher is better: delta-m where it has one, else minus the loss."""
+    values = found.get("delta_m", math.nan), -found["loss"]
+    return next((value for value in values if not math.isnan(value)), -math.inf)
 
 
 # --- the run --------------------------------------------------------------------------------------
@@ -169,14 +169,14 @@ def run(config: argparse.Namespace, open_data: Callable = open_dataset) -> None:
     candidates = fit_budget(config)  # of which it takes its groups
     tree = tree or tree_without_choice(config, len(tasks))  # None: the similarity decides
     baseline = read_baseline(config, tasks) if config.baseline else None
-    out, resumed = Path(config.out), check_out(config)
+    out = Path(config.out)
+    held = lock(out) if team.leads else None  # until this function ends, or the process
+    last, best_pt = check_out(config, tree) or (None, None)  # of the run that --resume continues
+    tree = last["tree"] if last else tree
 
     # Data.
     with team.leader_first():  # which unpacks and parses, once
         train_set, val_set = open_data(config, "train"), open_data(config, "val")
-        out.mkdir(parents=True, exist_ok=True)
-        if not os.access(out, os.W_OK):
-            raise ValueError(f"--out {out} cannot be written to")
     batches = epoch_batches(len(train_set), config.batch_size, config.epochs, config.seed)
     num_steps, per_epoch = len(batches), len(batches) // config.epochs
     batch_size = len(batches[0])  # smaller than asked for where there are fewer images
@@ -188,9 +188,7 @@ def run(config: argparse.Namespace, open_data: Callable = open_dataset) -> None:
 
     # Similarity and tree: computed where nothing else says what it is.
     choices, similarity = (), {"similarity": None}
-    if resumed:
-        tree = resumed["tree"]
-    elif tree is None:
+    if tree is None:
         tree, choices, similarity = team.tell(
             compute_tree(config, tasks, train_set, device) if team.leads else None)
     if candidates:
@@ -198,7 +196,7 @@ def run(config: argparse.Namespace, open_data: Callable = open_dataset) -> None:
     print(format_tree(tree, config.tasks, choices), flush=True)
     tree_json = {"tasks": config.tasks, **similarity, "tree": name_tree(tree, config.tasks)}
     if config.tree_only:
-        if team.leads and not resumed:
+        if team.leads and not last:
             write_json(out / "tree.json", tree_json)
         team.close()
         return
@@ -214,30 +212,37 @@ def run(config: argparse.Namespace, open_data: Callable = open_dataset) -> None:
     net = team.wrap(model)  # the same weights, gradients averaged over the team
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
-    if team.leads:
-        check_space(out, model)  # now rather than after an epoch
-        if not resumed:
-            write_json(out / "tree.json", tree_json)
+    check_space(out, model)  # now rather than after an epoch
     step, best, latest = 0, None, None  # evaluations
-    if resumed:
-        load_trained(model, resumed, out / "last.pt")
-        optimizer.load_state_dict(resumed["optimizer"])
-        scaler.load_state_dict(resumed["scaler"])
-        step, best = resumed["step"], resumed["best"]
-        latest = resumed.get("latest", best)  # older runs kept the best alone
     meter = LossMeter(config.tasks, step, device)
-    if resumed:
-        meter.load_state(resumed, team.leads)
+    if last:
+        if best_pt is not last:
+            load_trained(model, best_pt, out / "best.pt")  # raises now where it does not fit
+        load_trained(model, last, out / "last.pt")
+        with reading(out / "last.pt", "a last.pt of train.py"):
+            load_optimizer(optimizer, scaler, last)
+            meter.load_state(last, team.leads)
+            step, best, latest = range(num_steps + 1)[last["step"]], best_pt["best"], last["latest"]
+            for found in filter(None, (best, latest)):  # what one lacks shows here, not at the end
+                format_table(tasks, found, found["results"], config.size), format_line(tasks, found)
     of_the_run = {"config": {k: v for k, v in vars(config).items() if k != "resume"},
                   "tree": tree, "fingerprint": fingerprint(model), "versions": VERSIONS}
 
-    def write(name: str, **more) -> None:
+    def write(name: str) -> None:
         """A checkpoint of this moment, by one process of the team."""
+        state = {**of_the_run, "model": trained_state(model), "step": step, "best": best,
+                 "latest": latest}
+        if name == "last.pt":  # what it takes to go on
+            state |= {**meter.state(), "optimizer": optimizer.state_dict(),
+                      "scaler": scaler.state_dict()}
         if team.leads:
-            save(out / name, {**of_the_run, "model": trained_state(model), "step": step,
-                              "best": best, "latest": latest, **more})
+            save(out / name, state)
 
     # Epochs.
+    if not last:
+        write("last.pt")  # from now on --resume goes on, whatever happens
+    if team.leads and not (out / "tree.json").exists():
+        write_json(out / "tree.json", tree_json)
     log = open_log(out / "log.jsonl", step) if team.leads else open(os.devnull, "w")
     with log, stop_signals() as signals:
         for image, labels in training_batches(config, train_set, batches, step, team):
@@ -253,8 +258,7 @@ def run(config: argparse.Namespace, open_data: Callable = open_dataset) -> None:
             log_now = step % config.log_every == 0 or end_of_epoch
             if log_now:
                 losses = meter.means(step, team.sum)
-                line = {"step": step, "epoch": epoch, "lr": lr, "loss": losses}
-                log.write(json.dumps(line) + "\n")
+                log.write(to_json({"step": step, "epoch": epoch, "lr": lr, "loss": losses}) + "\n")
                 progress(meter.line(losses, step, num_steps, batch_size), end_of_epoch)
                 meter.restart(step)
 
@@ -265,21 +269,18 @@ def run(config: argparse.Namespace, open_data: Callable = open_dataset) -> None:
                 found |= {"step": step, "epoch": epoch}
                 if baseline:
                     found["delta_m"] = delta_m(found["results"], baseline)
-                log.write(json.dumps(found) + "\n")
+                log.write(to_json(found) + "\n")
                 print(f"epoch {epoch}: {format_line(tasks, found)}")
                 latest = found
                 if best is None or quality(found) > quality(best):
                     best = found
                     write("best.pt")
-                meter.pause()  # evaluation is no part of the speed
+                meter.restart(step)  # evaluation is no part of the speed
 
             # Each epoch, and when told to stop: save for --resume. Processes agree where they log.
             stop = signals and team.size == 1 or log_now and team.any(bool(signals))
-            if stop and not log_now:
-                meter.means(step, team.sum)  # which raises where something is not finite
             if end_of_epoch or stop:
-                write("last.pt", **meter.state(), optimizer=optimizer.state_dict(),
-                      scaler=scaler.state_dict())
+                write("last.pt")
             if stop:
                 team.close()
                 raise SystemExit(f"stopped by {' '.join(signals) or 'a signal'} after step {step} "
@@ -299,7 +300,6 @@ def run(config: argparse.Namespace, open_data: Callable = open_dataset) -> None:
                      device)
         draw_curves(out / "curves.png", out / "log.jsonl", tasks)
         print(f"best epoch {best['epoch']}: " + format_table(tasks, best, constant, config.size)
-              + (f"\ndelta-m {best['delta_m']:+.2f} %" if baseline else "")
               + f"\nlast epoch {latest['epoch']}: {format_line(tasks, latest)}"
               + f"\nwrote {out}/: metrics.json, predictions.png, curves.png, tree.json, best.pt, "
               "last.pt, log.jsonl")

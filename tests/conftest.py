@@ -26,12 +26,12 @@ def costs(*flags: str) -> dict:
 
 @contextmanager
 def stopped_after_an_epoch(monkeypatch):
-    """Runs inside end, as by Ctrl-C, as soon as the first last.pt is written."""
+    """Runs inside end, as by Ctrl-C, as soon as the last.pt of an epoch is written."""
     save = train.save
 
     def save_and_stop(path, state):
         save(path, state)
-        if path.name == "last.pt":
+        if path.name == "last.pt" and state["step"]:
             raise KeyboardInterrupt
     with monkeypatch.context() as patch:
         patch.setattr(train, "save", save_and_stop)

@@ -5,10 +5,12 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from torch import nn
 import eval
 import train
 from tools import export
-from util.checkpoint import check_space, open_log, read_checkpoint, save, write_json
+from util.checkpoint import RUN_FILES, check_space, open_log, read_checkpoint, save, write_json
 
 ROOT = Path(__file__).parent.parent
 TREE = [[["semseg", "depth", "normals"]]] * 2 + [[["semseg", "depth"], ["normals"]],
@@ -37,6 +39,10 @@ def child(flags):
     for stream in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     train.main(flags)
+
+
+def read_raw(path):
+    return torch.load(path, weights_only=True)
 
 
 def start(out, *flags):
@@ -111,7 +117,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_last_one(whole, tmp_pat
 
     def half(state, file, *a):
         writes.append(file)
-        if len(writes) == 4:  # best.pt and last.pt of the first epoch are whole
+        if len(writes) == 5:  # the first epoch's best.pt and last.pt are whole
             file.write(b"half")
             file.flush()
             raise KeyboardInterrupt  # like a kill, nothing is tidied up
@@ -174,7 +180,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path):
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # the kernel refuses more
     try:
-        with pytest.raises(ValueError, match="cannot write .*last.pt.*the one before is as it was"):
+        with pytest.raises(ValueError, match="cannot write .*last.pt: File too large; the one"):
             save(path, {"x": torch.zeros(10 ** 6)})
         with pytest.raises(ValueError, match="cannot write .*other.json") as error:
             write_json(tmp_path / "other.json", {"x": "y" * 10 ** 6})
@@ -194,7 +200,26 @@ def test_too_little_space_is_said_before_training(tmp_path, monkeypatch):
         check_space(tmp_path, nn.Linear(300, 300))
     with pytest.raises(SystemExit, match="make room or choose another --out"):
         train.main([*FLAGS, "--out", str(tmp_path / "run"), "--groups", "1,1,1,3"])
-    assert not list((tmp_path / "run").iterdir())
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+def test_what_will_be_replaced_is_room_for_its_successor(tmp_path, monkeypatch):
+    """A run whose checkpoints take 2 of the 3 MB that it needs goes on with 1 MB free."""
+    monkeypatch.setattr("util.checkpoint.shutil.disk_usage",
+                        lambda _: type("usage", (), {"free": 1_000_000}))
+    (tmp_path / "last.pt").write_bytes(bytes(2_000_000))
+    check_space(tmp_path, nn.Linear(300, 300))
+
+
+def test_what_is_not_finite_is_not_written(tmp_path):
+    """Not in the weights, not in the moments; what was there stays."""
+    path = tmp_path / "last.pt"
+    save(path, {"model": {"w": torch.zeros(3)}, "step": 1})
+    for spoiled in ({"model": {"w": torch.tensor([0, float("inf")])}},
+                    {"optimizer": {"state": {0: {"exp_avg": torch.tensor([float("nan")])}}}}):
+        with pytest.raises(ValueError, match="last.pt was not written: .* after step 2"):
+            save(path, {**spoiled, "step": 2})
+    assert read_raw(path)["step"] == 1 and [p.name for p in tmp_path.iterdir()] == ["last.pt"]
 
 
 def test_an_unwritable_folder_is_said_before_training(tmp_path):
@@ -266,3 +291,197 @@ def test_a_wrong_merge_is_noticed(whole, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="the merged network differs by"):
         eval.main(["--checkpoint", str(whole[0] / "best.pt"), "--merge", str(tmp_path / "m.pt2")])
     assert not (tmp_path / "m.pt2").exists()
+
+
+def refused(by, *flags):
+    """The one-line error of a command that must fail."""
+    with pytest.raises(SystemExit) as stop:
+        by.main([*map(str, flags)])
+    assert isinstance(stop.value.code, str) and stop.value.code.startswith("error: ")
+    assert "\n" not in stop.value.code
+    return stop.value.code
+
+
+def moments(state, i=0):
+    return state["optimizer"]["state"][i]
+
+
+SPOILED = {  # what is done to the state in last.pt
+    "moments of 8 numbers less": lambda s: moments(s).update(
+        exp_avg=moments(s)["exp_avg"].flatten()[8:]),
+    "moments of twice as many": lambda s: moments(s).update(
+        exp_avg=torch.cat([moments(s)["exp_avg"]] * 2)),
+    "moments of double precision": lambda s: moments(s).update(
+        exp_avg_sq=moments(s)["exp_avg_sq"].double()),
+    "moments without memory": lambda s: moments(s).update(
+        exp_avg=moments(s)["exp_avg"].to("meta")),
+    "no moments": lambda s: s["optimizer"].update(state={}),
+    "the moments of one weight less": lambda s: s["optimizer"]["state"].pop(3),
+    "one moment less": lambda s: moments(s).pop("exp_avg_sq"),
+    "another optimizer step": lambda s: moments(s)["step"].add_(1),
+    "a loss scale in float32": lambda s: s.update(scaler={"scale": 0.0, "_growth_tracker": 0}),
+    "a number for a scaler": lambda s: s.update(scaler=5),
+    "losses of four tasks": lambda s: s.update(sums=torch.zeros(4)),
+    "a word for losses": lambda s: s.update(sums="none"),
+    "logged later than the step": lambda s: s.update(since=99),
+    "a step beyond the end": lambda s: s.update(step=99),
+    "a word for a step": lambda s: s.update(step="two"),
+    "a number for the best": lambda s: s.update(best=5),
+    "another best": lambda s: s["best"].update(loss=0.5),
+    "a number for the latest": lambda s: s.update(latest=5),
+    "a latest without its pixels": lambda s: s["latest"].pop("pixels"),
+    "a latest without results": lambda s: s["latest"].update(results={"depth": {"rmse": "x"}}),
+    "a number for a tree": lambda s: s.update(tree=5),
+    "a tree with an empty group": lambda s: s["tree"][0].append(()),
+    "a number for the flags": lambda s: s.update(config=5),
+    "no flags": lambda s: s.update(config={"tasks": s["config"]["tasks"]}),
+    "a list for weights": lambda s: s.update(model=[1]),
+    "a number for a weight": lambda s: s["model"].update(dict.fromkeys(list(s["model"])[:1], 5)),
+    **{f"no {key}": lambda s, key=key: s.pop(key) for key in (
+        "config", "step", "best", "latest", "sums", "since", "tree", "optimizer", "scaler", "model",
+        "fingerprint")}}
+
+
+@pytest.fixture
+def copied(whole, tmp_path):
+    """The whole run, in a folder that a test may spoil, and the flags that resume it."""
+    run, _, tree = whole
+    shutil.copytree(run, tmp_path / "run")
+    return tmp_path / "run", [*FLAGS, "--out", str(tmp_path / "run"), "--tree", tree, "--resume"]
+
+
+@pytest.mark.parametrize("what", SPOILED)
+def test_a_spoiled_last_pt_is_refused_in_one_line(copied, what):
+    """Fused AdamW would write past the end of its moments' memory, and everything else would end in
+    a trace or in a wrong result."""
+    out, flags = copied
+    state = read_raw(out / "last.pt")
+    SPOILED[what](state)
+    torch.save(state, out / "last.pt")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert "last.pt" in refused(train, *flags)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+@pytest.mark.parametrize("what, change", [
+    ("--seed 1, not 0", lambda s: s["config"].update(seed=1)),
+    ("--tree", lambda s: s["tree"].__setitem__(2, s["tree"][1])),
+    ("another backbone", lambda s: s.update(fingerprint="0" * 16)),
+    ("is not the one it knows", lambda s: s.update(step=s["step"] + 4)),
+    ("is not the one it knows", lambda s: s["best"].update(loss=0.1)),
+    ("1 weights are missing", lambda s: s["model"].popitem()),
+    ("no file", None)])
+def test_another_runs_best_pt_is_refused(copied, what, change):
+    """At the start, not when its weights stand under this run's numbers."""
+    out, flags = copied
+    if change:
+        state = read_raw(out / "best.pt")
+        change(state)
+        torch.save(state, out / "best.pt")
+    else:
+        (out / "best.pt").unlink()
+    message = refused(train, *flags)
+    assert what in message and "best.pt" in message
+
+
+def test_a_run_goes_on_with_its_own_tree_alone(copied, tmp_path):
+    """--resume --tree another.json is no wish to be ignored; without --tree it takes its own."""
+    out, flags = copied
+    own = tmp_path / "other.json"
+    own.write_text(json.dumps({"tree": [TREE[0], TREE[0], [["semseg", "normals"], ["depth"]],
+                                        TREE[3]]}))
+    at = flags.index("--tree")
+    assert "--tree" in refused(train, *flags[:at + 1], own, "--resume")
+    train.main([*flags[:at], "--resume"])  # its number of groups is the default's
+
+
+@pytest.mark.parametrize("name", RUN_FILES)
+def test_any_file_of_a_run_is_reason_to_refuse(tmp_path, name):
+    """Also where last.pt, which --resume needs, is gone."""
+    (tmp_path / name).write_text("precious")
+    assert f"already holds a run ({name})" in refused(train, *FLAGS, "--out", tmp_path)
+    assert (tmp_path / name).read_text() == "precious"
+
+
+def test_two_runs_never_share_a_folder(whole, tmp_path):
+    """Neither begun nor resumed beside one that is at work; killed, it leaves no lock behind, even
+    while its loader's processes still live."""
+    out, flags = tmp_path / "run", ["--tree", whole[2], "--workers", "1", "--epochs", "50"]
+    process = start(out, *flags)
+    while not (out / "log.jsonl").exists():
+        assert process.is_alive()
+        time.sleep(0.02)
+    for more in ([], ["--resume"]):
+        assert "another run is at work" in refused(train, *FLAGS, *flags, "--out", out, *more)
+    process.kill()
+    process.join()
+    second = start(out, *flags)
+    while not (out / "log.jsonl").read_text():
+        assert second.is_alive()
+        time.sleep(0.02)
+    second.kill()
+    second.join()
+
+
+@pytest.mark.parametrize("line", ["5", "{}", '{"step": "x"}', "[" * 100_000, "nonsense"])
+def test_a_spoiled_log_is_named(copied, line):
+    """Not cut where it is spoiled: what follows is kept."""
+    out, flags = copied
+    log = line + "\n" + (out / "log.jsonl").read_text()
+    (out / "log.jsonl").write_text(log)
+    assert "log.jsonl" in refused(train, *flags)
+    assert (out / "log.jsonl").read_text() == log
+
+
+def test_a_checkpoint_that_unpacks_to_more_than_itself_is_refused(whole, tmp_path):
+    """20 MB of zeros, compressed to nothing, are never unpacked."""
+    state = read_raw(whole[0] / "best.pt")
+    torch.save({**state, "zeros": torch.zeros(5_000_000)}, tmp_path / "stored.pt")
+    with zipfile.ZipFile(tmp_path / "stored.pt") as stored, \
+            zipfile.ZipFile(tmp_path / "best.pt", "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in stored.namelist():
+            packed.writestr(name, stored.read(name))
+    read_checkpoint(tmp_path / "stored.pt")
+    message = refused(eval, "--checkpoint", tmp_path / "best.pt")
+    assert "best.pt: not a checkpoint of train.py: its parts are compressed" in message
+
+
+STEERING = {
+    "val_rooms": 10 ** 12, "rank": 10 ** 9, "last_rank": 10 ** 9, "size": (10 ** 6, 10 ** 6),
+    "seed": 10 ** 30, "fused": (10 ** 9,) * 4, "dataset": "/etc", "tasks": "depth", "method": 5,
+    "groups": (1, 1), "backbone": "huge", "weights": "/dev/zero", "layers": "all", "amp": None}
+
+
+@pytest.mark.parametrize("name", STEERING)
+def test_the_flags_in_a_checkpoint_are_checked_as_typed_ones(whole, tmp_path, name):
+    """Absurd, mistyped or missing: one line that names the file, before anything is built."""
+    for value in (STEERING[name], "no such", None):
+        state = read_raw(whole[0] / "best.pt")
+        state["config"][name] = value
+        if value is None:
+            del state["config"][name]
+        torch.save(state, tmp_path / "bad.pt")
+        message = refused(eval, "--checkpoint", tmp_path / "bad.pt", "--device", "cpu")
+        assert message.startswith(f"error: {tmp_path / 'bad.pt'}")
+
+
+def test_a_checkpoint_does_not_steer_the_machine(whole, tmp_path, monkeypatch):
+    """Its folder, download, cache and workers are not looked at: they are eval.py's own flags."""
+    state = read_raw(whole[0] / "best.pt")
+    state["config"].update(data_root=str(tmp_path / "made"), download=True, cache=True,
+                           workers=100_000, device="meta", compile=True)
+    torch.save(state, tmp_path / "best.pt")
+    asked, loader, open_dataset = [], eval.loader, eval.open_dataset
+
+    def load(dataset, batches, workers):
+        asked.append((type(dataset).__name__, workers))
+        return loader(dataset, batches, 0)
+
+    def open_it(config, split):
+        asked.append((config.data_root, config.download))
+        return open_dataset(config, split)
+    monkeypatch.setattr(eval, "loader", load)
+    monkeypatch.setattr(eval, "open_dataset", open_it)
+    eval.main(["--checkpoint", str(tmp_path / "best.pt"), "--workers", "3", "--device", "cpu"])
+    assert asked == [("data", False), ("Rooms", 3)]
+    assert not (tmp_path / "made").exists()

@@ -133,7 +133,7 @@ KINDS = {  # file name: (how it is written, how it is read, what a result withou
     "context.mat": (lambda p: scipy.io.savemat(p, {"LabelMap": np.arange(42).reshape(6, 7)}),
                     partial(in_another_process, labels.known_to_nyu),
                     lambda x: set(np.unique(x)) <= {0, 1}),
-    "best.pt": (lambda p: save(p, {"model": {"w": torch.arange(99.0)}, "config": {"rank": 3},
+    "best.pt": (lambda p: save(p, {"model": {"w": torch.arange(99.0)}, "config": {"tasks": ["sal"]},
                                    "tree": [[(0,)]], "fingerprint": "0"}), read_checkpoint, SAME),
     "swin.pth": (lambda p: torch.save(build_swin(**SWIN).state_dict(), p), read_weights, SAME),
     "NYUD_MT.tgz": (write_archive, read_archive, SAME),

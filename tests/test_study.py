@@ -66,6 +66,31 @@ def test_bad_baselines_are_refused(runs, tmp_path, content, message):
         study.main(["--table", str(runs), "--baseline", str(path)])
 
 
+@pytest.mark.parametrize("content", [
+    "5", "[" * 100_000, '{"results": {"depth": {}}, "trainable": 1}',
+    '{"results": {"depth": {"rmse": "x"}}, "trainable": 1}',
+    '{"results": {"depth": {"rmse": []}}, "trainable": 1}',
+    '{"results": {"depth": 1}, "trainable": 1}', '{"results": {"deep": {}}, "trainable": 1}',
+    '{"results": {"depth": {"rmse": 1}}}',
+    '{"results": {"depth": {"rmse": 1}}, "trainable": "x"}',
+    '{"results": {"depth": {"rmse": 1}}, "trainable": 1, "seed": {}}',
+    '{"results": {"depth": {"rmse": 1}}, "trainable": 1, "last": 5}'])
+def test_runs_of_wrong_types_are_refused_by_name(runs, content):
+    path = runs / "tglora/7/metrics.json"
+    path.parent.mkdir()
+    path.write_text(content)
+    with pytest.raises(SystemExit, match=f"error: {path}"):
+        study.main(["--table", str(runs)])
+
+
+def test_a_metric_that_is_null_is_not_a_number(runs, capsys):
+    """A run without labels of a task is shown as such, and has no delta-m."""
+    path = runs / "tglora/0/metrics.json"
+    path.write_text(path.read_text().replace('"rmse": 0.9', '"rmse": null'))
+    study.main(["--table", str(runs), "--baseline", "single"])
+    assert "0.5750 +- 0.0354  nan +- nan" in capsys.readouterr().out.splitlines()[-1]
+
+
 def test_an_empty_folder_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="no .*METHOD/RUN/metrics.json"):
         study.main(["--table", str(tmp_path)])

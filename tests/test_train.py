@@ -1,8 +1,10 @@
 """train.py and eval.py as a user runs them, small; and what they say to bad input."""
 
 import json
+import os
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -138,20 +140,47 @@ def test_nan_predictions_are_counted_and_not_averaged_away(rooms_run, capsys, mo
 
 
 def test_images_without_any_label_are_no_number(rooms_run, tmp_path, monkeypatch, capsys):
-    """A task that no image labels has NaN, for the constant too, and 0 valid pixels."""
-    render = eval.open_dataset
-
-    def unlabelled(*a):
-        samples = render(*a)
-        for sample in samples.samples:
-            sample["depth"] = sample["depth"] * 0
-        return samples
-    monkeypatch.setattr(eval, "open_dataset", unlabelled)
+    """A task that no image labels has null, for the constant too, and 0 valid pixels; the table
+    says why, of the delta-m too."""
+    monkeypatch.setattr(eval, "open_dataset", without_depth(eval.open_dataset))
     eval.main(["--checkpoint", str(rooms_run / "best.pt"), "--device", "cpu", "--json"])
-    found = json.loads(capsys.readouterr().out)
-    assert np.isnan(found["results"]["depth"]["rmse"]) and found["pixels"]["depth"] == 0
-    assert np.isnan(found["reference"]["depth"]["rmse"]) and np.isfinite(found["loss"])
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert found["results"]["depth"]["rmse"] is None and found["pixels"]["depth"] == 0
+    assert found["reference"]["depth"]["rmse"] is None and np.isfinite(found["loss"])
     assert found["results"]["semseg"]["mIoU"] > 0
+    eval.main(["--checkpoint", str(rooms_run / "best.pt"), "--device", "cpu"])
+    assert "depth        no image has a label of it" in capsys.readouterr().out
+
+
+def without_depth(open_data, split="val"):
+    """open_dataset, but that no image of the split has a label of depth."""
+    def opened(config, name):
+        dataset = open_data(config, name)
+        samples = [dataset[i] for i in range(len(dataset))]
+        return [{**sample, "depth": sample["depth"] * (name != split)} for sample in samples]
+    return opened
+
+
+def test_without_validation_labels_the_best_is_by_the_loss(rooms_run, tmp_path, monkeypatch,
+                                                           capsys):
+    """There is no delta-m then, and JSON says null; the run resumes, and is read as a baseline."""
+    flags = ["--out", tmp_path / "run", "--baseline", rooms_run / "metrics.json"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "run", partial(train.run, open_data=without_depth(train.open_dataset)))
+        with stopped_after_an_epoch(monkeypatch):
+            run(*flags)
+        run(*flags, "--resume")
+    text = (tmp_path / "run/metrics.json").read_text()
+    metrics = json.loads(text, parse_constant=pytest.fail)
+    assert metrics["delta_m"] is None and metrics["results"]["depth"]["rmse"] is None
+    lines = [json.loads(line, parse_constant=pytest.fail)
+             for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    losses = {line["epoch"]: line["loss"] for line in lines if "results" in line}
+    assert metrics["epoch"] == min(losses, key=losses.get) == 2  # not the first
+    shown = capsys.readouterr().out
+    assert "no image has a label of it: its metrics, and delta-m, are not a number" in shown
+    assert "no rmse of depth" in refused("--out", tmp_path / "other", "--baseline",
+                                         tmp_path / "run/metrics.json")
 
 
 def test_evaluation_does_not_depend_on_the_batch_size(tmp_path):
@@ -274,7 +303,8 @@ def test_a_gradient_that_is_not_finite_is_never_saved(tmp_path, monkeypatch, log
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_step", broken)
         message = refused(*flags)
-    assert "the loss of semseg, depth, normals, or the gradient, is not finite between" in message
+    assert "is not finite between" in message if last_step else "was not written" in message
+    assert "the checkpoints are from before" in message
     for name in ("last.pt", "best.pt"):
         state = torch.load(tmp_path / "run" / name, weights_only=True)
         assert state["step"] == 2
@@ -332,6 +362,12 @@ def test_a_backbone_can_be_exported_and_used(tmp_path):
     run("--weights", tmp_path / "backbone.pth", "--out", tmp_path / "run")
     message = refused("--out", tmp_path / "run", "--resume", "--weights", "none")
     assert "backbone.pth, not none" in message
+    for name in ("backbone.pth", "full/best.pt"):  # not even itself
+        before = (tmp_path / name).read_bytes()
+        message = refused("--checkpoint", tmp_path / "full/best.pt", "--export-backbone",
+                          tmp_path / name, by=eval)
+        assert f"{name} exists already" in message
+        assert (tmp_path / name).read_bytes() == before
 
 
 def test_real_images_train_evaluate_and_predict(nyud_archive, tmp_path, monkeypatch, capsys):
@@ -417,6 +453,7 @@ ALL = ["semseg", "depth", "normals"]
     (["--baseline", "nowhere.json"], "nowhere.json"),
     (["--dataset", "nyud", "--data-root", "nowhere"], "nyud: nowhere does not exist"),
     (["--device", "gpu"], "--device gpu cannot be used here"),
+    (["--device", "meta"], "--device meta cannot be used here"),
     (["--weights", "imagenet"], "none from imagenet for backbone mini"),
     (["--dataset", "nyud", "--data-root", __file__], "cannot unpack"),
 ])
@@ -448,12 +485,46 @@ def test_out_must_be_a_folder(tmp_path):
     ([[ALL], [ALL], [["semseg", "depth"], ["edges"]], [[t] for t in ALL]],
      "is for other tasks: edges not among"),
     ([[ALL], [ALL]], "2 stages, but the backbone has 4"),
+    ([[ALL], [ALL, []], [ALL], [[t] for t in ALL]], "and no empty group"),
     (3, "is not {"),
 ])
 def test_bad_trees_are_refused(tmp_path, stages, message):
     """Not nested, a task missing or unknown, too few stages, not a tree at all."""
     path = write_tree(tmp_path / "tree.json", stages)
     assert message in refused("--tree", path, "--out", tmp_path / "run")
+
+
+@pytest.mark.parametrize("flag", ["--tree", "--baseline"])
+def test_files_of_flags_are_files_of_some_depth(tmp_path, flag):
+    """JSON of 100,000 brackets, a FIFO that nobody writes to, a folder: one line that names it."""
+    (tmp_path / "deep").write_text('{"tree": ' + "[" * 100_000)
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "fifo")
+    for name in ("deep", "folder", "fifo"):
+        assert str(tmp_path / name) in refused(flag, tmp_path / name, "--out", tmp_path / "run")
+
+
+class Deadly:
+    """Samples of which the third kills the process that reads it."""
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, i):
+        if i == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.samples[i]
+
+
+def test_a_killed_worker_is_one_line(tmp_path, monkeypatch):
+    """As where the memory does not suffice."""
+    monkeypatch.setattr(train, "run", partial(
+        train.run, open_data=lambda *a: Deadly(train.open_dataset(*a))))
+    assert "DataLoader worker" in refused("--out", tmp_path / "run", "--workers", "1", "--groups",
+                                          "1,1,1,1")
 
 
 def test_a_run_is_never_overwritten(rooms_run):
@@ -471,8 +542,8 @@ def test_resuming_with_another_configuration_is_refused(rooms_run):
 
 def test_bad_checkpoints_are_refused(rooms_run, tmp_path):
     """Missing, cut short, not ours, from another backbone, with a weight missing."""
-    assert "no checkpoint file" in refused("--checkpoint", tmp_path / "none.pt", by=eval)
-    assert "no checkpoint file" in refused("--checkpoint", tmp_path, by=eval)
+    assert "no file" in refused("--checkpoint", tmp_path / "none.pt", by=eval)
+    assert "no file" in refused("--checkpoint", tmp_path, by=eval)
     assert "only --method full" in refused("--checkpoint", rooms_run / "best.pt",
                                            "--export-backbone", tmp_path / "b.pth", by=eval)
     good = rooms_run / "best.pt"
@@ -487,6 +558,7 @@ def test_bad_checkpoints_are_refused(rooms_run, tmp_path):
     torch.save(state, bad)
     assert "1 weights are missing" in refused("--checkpoint", bad, by=eval)
     shutil.copy(bad, tmp_path / "last.pt")
+    shutil.copy(good, tmp_path / "best.pt")
     assert "1 weights are missing" in refused("--resume", "--out", tmp_path)
 
 
@@ -495,4 +567,4 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_task(tmp_path, mo
     monkeypatch.setattr("tasks.Depth.loss", lambda *a: loss(*a) * float("nan"))
     message = refused("--out", tmp_path / "run", "--groups", "1,1,1,1")
     assert "the loss of depth is not finite between steps 0 and 1" in message
-    assert not (tmp_path / "run/last.pt").exists()
+    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 0

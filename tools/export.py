@@ -1,4 +1,4 @@
-"""A run's network for elsewhere: merged into one graph, or its backbone alone.
+"""A run's network for elsewhere: as it was trained, merged into one graph, or its backbone alone.
 
     python -m tools.export --checkpoint runs/nyud/best.pt --merge nyud.pt2
     python -m tools.export --checkpoint runs/backbone/best.pt --export-backbone backbone.pth
@@ -14,9 +14,35 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from data import CLASSES
+from decoders import FUSED
+from model import build
+from recipes import network_flags
+from tasks import make_tasks
 from tglora import merge
-from util.checkpoint import load_run, write_whole
-from util.run import one_line_errors
+from util.checkpoint import load_trained, read_checkpoint, write_whole
+from util.run import one_line_errors, reading
+
+
+def load_run(path: Path, weights: str | None = None) -> tuple[nn.Module, list, argparse.Namespace]:
+    """The network of a checkpoint, its tasks, and those of its flags that shape it.
+
+    weights: where the backbone's are now. Raises ValueError.
+    """
+    state = read_checkpoint(path)
+    with reading(path, "a checkpoint of train.py"):
+        older = {"without": [], "frozen": [], "fused": FUSED}  # flags that older runs lack
+        config = network_flags({**older, **state["config"]})
+        config.weights = weights or config.weights
+        tasks = make_tasks(config.tasks, CLASSES[config.dataset])
+        model = build(config, tasks, state["tree"])
+    load_trained(model, state, path)
+    return model, tasks, config
+
+
+def refuse_existing(path: Path) -> None:
+    if path.exists():
+        raise ValueError(f"{path} exists already; choose another name")
 
 
 def export_merged(model: nn.Module, size: tuple[int, int], path: Path) -> str:
@@ -29,8 +55,7 @@ def export_merged(model: nn.Module, size: tuple[int, int], path: Path) -> str:
     on the spot; raises ValueError, and leaves no file, where they differ by more than 1e-4 of the
     largest value.
     """
-    if path.exists():
-        raise ValueError(f"--merge {path} exists already; choose another name")
+    refuse_existing(path)
     image = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = model.eval()(image)
@@ -50,6 +75,7 @@ def export_merged(model: nn.Module, size: tuple[int, int], path: Path) -> str:
 
 def export_backbone(model: nn.Module, config: argparse.Namespace, path: Path) -> str:
     """Write the backbone's weights, fp16, by the names that --weights reads."""
+    refuse_existing(path)
     if config.method != "full":
         raise ValueError(f"--export-backbone: the run is of --method {config.method}, whose "
                          "backbone is the one it started from; only --method full trains it")

@@ -34,12 +34,12 @@ from torch.utils.data import Dataset
 import train
 from data import open_dataset
 from grouping import build_tree, name_tree
-from recipes import parse_arguments
+from recipes import parse_arguments, read_results
 from tasks import delta_m
-from util.checkpoint import read_results, write_json
+from util.checkpoint import write_json
 from util.report import (collect_runs, draw_gains, find_baseline, format_runs, interval,
                          mean_results)
-from util.run import one_line_errors, progress
+from util.run import one_line_errors, progress, reading
 
 # --- what is asked, fixed before the reported seeds were run --------------------------------------
 CHOICE, REPORTED, FEW = (0,), (10, 11, 12, 13, 14), (10, 11)  # seeds; for side questions
@@ -135,10 +135,11 @@ class Study:
         self.config = parse_arguments(flags)
         self.state = {"flags": " ".join(flags), "rates": {}, "runs": {}}
         if self.path.exists():
-            self.state = json.loads(self.path.read_text())
-            if self.state["flags"] != " ".join(flags):
-                raise ValueError(f"{self.path} is of a study with {self.state['flags']!r}, not "
-                                 f"{' '.join(flags)!r}: choose another --out")
+            with reading(self.path, "a study.json"):
+                self.state = json.loads(self.path.read_text())
+                self.state["runs"].keys(), self.state["rates"].keys()
+                if self.state["flags"] != " ".join(flags):
+                    raise ValueError(f"is of a study with {self.state['flags']}: change --out")
         self.runs, self.rates = self.state["runs"], self.state["rates"]
         context = multiprocessing.get_context("spawn")  # a GPU does not survive a fork
         gpus, devices = torch.cuda.device_count(), context.Queue()
@@ -227,8 +228,7 @@ def judge(what: str, mean: float, low: float, high: float) -> None:
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
     """Spearman's rho with its 95 % interval: Fisher's z, Bonett and Wright's standard error."""
-    ranks = [np.argsort(np.argsort(x)) for x in (a, b)]
-    rho = float(np.corrcoef(*ranks)[0, 1])
+    rho = float(np.corrcoef(*(np.argsort(np.argsort(x)) for x in (a, b)))[0, 1])
     z = math.atanh(max(-0.9999, min(rho, 0.9999)))
     half = 1.96 * math.sqrt((1 + rho ** 2 / 2) / (len(a) - 3))
     return rho, math.tanh(z - half), math.tanh(z + half)
@@ -272,7 +272,8 @@ def run_study(study: Study, arms: Sequence[str], seeds: Sequence[int], rates: Pa
     study.complete({f"similarity/{seed}": (f"--seed {seed} --tree-only".split(), None)
                     for seed in (seeds if rates else (*CHOICE, *seeds))})
     if rates:
-        study.rates.update(json.loads(rates.read_text())["rates"])
+        with reading(rates, "a study.json"):
+            study.rates.update(json.loads(rates.read_text())["rates"])
     else:
         study.choose_rates(arms)
     study.complete({name: job for seed in seeds for arm in arms

@@ -9,9 +9,11 @@ itself does not compare.
 References: https://docs.pytorch.org/docs/stable/notes/serialization.html.
 """
 
+import fcntl
 import hashlib
 import io
 import json
+import math
 import os
 import platform
 import shutil
@@ -24,10 +26,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from data import CLASSES
-from decoders import FUSED
-from model import build
-from tasks import make_tasks
+from grouping import Partition, check_tree
+from util.run import reading
 
 VERSIONS = {"python": platform.python_version(), "torch": str(torch.__version__),
             "torchvision": str(torchvision.__version__)}
@@ -35,6 +35,7 @@ VERSIONS = {"python": platform.python_version(), "torch": str(torch.__version__)
 # Flags of which a resumed run may have others than it began with.
 MAY_CHANGE = {"out", "resume", "data_root", "download", "device", "workers", "cache", "log_every",
               "tree", "compile"}
+RUN_FILES = "last.pt best.pt tree.json log.jsonl metrics.json predictions.png curves.png".split()
 
 
 # --- writing --------------------------------------------------------------------------------------
@@ -50,60 +51,95 @@ def write_whole(path: Path, write: Callable[[io.BufferedWriter], object]) -> Non
     except (OSError, RuntimeError) as error:  # torch.save's way to say that a disk is full
         temporary.unlink(missing_ok=True)
         kept = "; the one before is as it was" if path.exists() else ""
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(error.__context__ or error, "strerror", None) or str(error).splitlines()[0]
         raise ValueError(f"cannot write {path}: {reason}{kept}") from error
 
 
+def not_finite(value) -> bool:
+    """Is there a number that is not finite in the tensors of nested dicts?"""
+    if isinstance(value, Tensor):
+        return not value.isfinite().all()
+    return isinstance(value, dict) and any(map(not_finite, value.values()))
+
+
 def save(path: Path, state: dict) -> None:
-    """Write a checkpoint."""
+    """Write a checkpoint. Raises ValueError where a tensor in it is not finite."""
+    if not_finite(state):
+        raise ValueError(f"{path} was not written: not all is finite after step {state['step']}; "
+                         "the checkpoints are from before. Try a lower --lr or --amp off")
     write_whole(path, lambda file: torch.save(state, file))
 
 
+def to_json(value, indent: int | None = None) -> str:
+    """Strict JSON: null stands for what is not a finite number."""
+    return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None), indent=indent)
+
+
 def write_json(path: Path, value: dict) -> None:
-    write_whole(path, lambda file: file.write(json.dumps(value, indent=1).encode()))
+    write_whole(path, lambda file: file.write(to_json(value, indent=1).encode()))
 
 
+# --- the folder of a run --------------------------------------------------------------------------
 def check_space(folder: Path, model: nn.Module) -> None:
     """Raise ValueError where last.pt (weights and two moments), best.pt and the file that replaces
-    one of them would not fit on the disk."""
+    one of them would not fit on the disk, in place of those that are there."""
     trained = sum(v.numel() * v.element_size() for v in trained_state(model).values())
-    need, free = 8 * trained, shutil.disk_usage(folder).free
+    there = sum(path.stat().st_size for path in folder.glob("*.pt*"))
+    need, free = 8 * trained - there, shutil.disk_usage(folder).free
     if free < need:
         raise ValueError(f"{folder}: its disk has {free / 1e6:,.0f} MB free, the checkpoints need "
                          f"{need / 1e6:,.0f} MB; make room or choose another --out")
 
 
-def check_out(config: Namespace) -> dict | None:
-    """The state that a run in --out goes on from, if any. Refuses to overwrite another run."""
-    out = Path(config.out)
-    last = out / "last.pt"
-    if config.resume:
-        state = read_checkpoint(last)
-        differ = [f"--{k.replace('_', '-')} {v}, not {getattr(config, k, None)}"
-                  for k, v in state["config"].items()
-                  if k not in MAY_CHANGE and v != getattr(config, k, None)]
-        if differ:
-            raise ValueError(f"{last} was trained with {'; '.join(differ)}: resume with the same "
-                             "flags, or choose another --out")
-        return state
-    if last.exists():
-        raise ValueError(f"{out} already holds a run: continue it with --resume, or choose another "
-                         "--out")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file; expected a folder, or a name for a new one")
-    return None
+def lock(out: Path) -> io.TextIOWrapper:
+    """Make --out, and keep other runs out of it while the returned file is open and we live."""
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        fcntl.lockf(file := open(out / ".lock", "w"), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another run is at work in --out {out}; choose another") from None
+    return file
+
+
+def check_out(config: Namespace, tree: list[Partition] | None) -> tuple[dict, dict] | None:
+    """last.pt and best.pt (before there is one, last.pt again) that a run in --out goes on from.
+
+    tree: the one asked for, if any. None for a new run. Refuses to overwrite or to mix up runs.
+    """
+    out, own = Path(config.out), {k: v for k, v in vars(config).items() if k not in MAY_CHANGE}
+    if not config.resume:
+        if found := [name for name in RUN_FILES if (out / name).exists()]:
+            raise ValueError(f"{out} already holds a run ({', '.join(found)}): continue it with "
+                             "--resume, or choose another --out")
+        return None
+    last = best = read_checkpoint(out / "last.pt")
+    with reading(out / "last.pt", "a last.pt of train.py"):
+        if last["best"] or (out / "best.pt").exists():
+            best = read_checkpoint(out / "best.pt")
+        own["tree"] = tree or last["tree"]
+        for name, state in {"it": last, "best.pt": best}.items():
+            saved = {**state["config"], "tree": state["tree"]}
+            differ = [f"--{k.replace('_', '-')} {saved.get(k)}, not {v}"
+                      for k, v in own.items() if saved.get(k) != v]
+            if differ:
+                raise ValueError(f"{name} was trained with {'; '.join(differ)}: resume with the "
+                                 "same flags, or choose another --out")
+        step = (best["best"] or best)["step"]  # after last.pt's: a kill came between the two
+        if step != best["step"] or (step <= last["step"]
+                                    and to_json(best["best"]) != to_json(last["best"])):
+            raise ValueError("the best.pt beside it is not the one it knows; put that back")
+    return last, best
 
 
 def open_log(path: Path, step: int):
     """log.jsonl, one JSON object a line, to append to; without what is later than `step`."""
     kept = []
-    for line in path.read_text().splitlines(True) if path.exists() and step else []:
-        try:
-            if json.loads(line)["step"] > step:
-                break
-        except ValueError:  # a line that a crash cut short
-            break
-        kept.append(line)
+    if path.exists() and step:
+        with reading(path, "a log of train.py"):
+            lines = path.read_text().splitlines(True)
+            if lines and not lines[-1].endswith("\n"):  # which a crash cut short
+                del lines[-1]
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
     write_whole(path, lambda file: file.write("".join(kept).encode()))
     return open(path, "a", buffering=1)
 
@@ -111,15 +147,16 @@ def open_log(path: Path, step: int):
 # --- reading --------------------------------------------------------------------------------------
 def read_checkpoint(path: Path) -> dict:
     """What `save` wrote: only tensors and plain data are read. Raises ValueError."""
-    if not Path(path).is_file():
-        raise ValueError(f"no checkpoint file {path}; train.py writes best.pt and last.pt to --out")
-    try:
+    with reading(path, "a checkpoint of train.py"):
         with zipfile.ZipFile(path) as parts:
-            broken = parts.testzip()
-        state = None if broken else torch.load(path, map_location="cpu", weights_only=True)
-        state["model"], state["config"], state["tree"], state["fingerprint"]
-    except Exception as error:  # neither documents its exceptions for a damaged file
-        raise ValueError(f"{path} is not a checkpoint of train.py, or is damaged") from error
+            if sum(part.file_size for part in parts.infolist()) > Path(path).stat().st_size:
+                raise ValueError("not a checkpoint of train.py: its parts are compressed")
+            if broken := parts.testzip():
+                raise ValueError(f"is damaged: the checksum of {broken} differs")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state["tree"] = [[tuple(map(int, group)) for group in stage] for stage in state["tree"]]
+        check_tree(state["tree"], len(state["config"]["tasks"]))
+        state["model"].keys(), state["config"].keys(), state["fingerprint"]
     return state
 
 
@@ -140,38 +177,40 @@ def fingerprint(model: nn.Module) -> str:
 
 def load_trained(model: nn.Module, state: dict, path: Path) -> None:
     """Put a checkpoint's trained weights into `model`, built from the same configuration."""
-    own = fingerprint(model)
-    if state["fingerprint"] != own:
-        raise ValueError(f"{path} was trained on another backbone (fingerprint "
-                         f"{state['fingerprint']}) than the one loaded here ({own}); it was "
-                         f"--weights {state['config']['weights']}")
-    expected = trained_state(model)
-    differ = sorted(k for k in expected.keys() | state["model"].keys()
-                    if k not in expected or k not in state["model"]
-                    or expected[k].shape != state["model"][k].shape)
-    if differ:
-        raise ValueError(f"{path} does not fit its own configuration: {len(differ)} weights are "
-                         f"missing, unknown or misshapen: {', '.join(differ[:4])}")
-    model.load_state_dict(state["model"], strict=False)
+    with reading(path, "a checkpoint of this network"):
+        own = fingerprint(model)
+        if state["fingerprint"] != own:
+            raise ValueError(f"trained on another backbone (fingerprint {state['fingerprint']}) "
+                             f"than the one loaded here ({own}); it was --weights "
+                             f"{state['config'].get('weights')}")
+        expected, found = trained_state(model), state["model"]
+        differ = sorted(str(k) for k in expected.keys() | found.keys() if k not in expected
+                        or k not in found or expected[k].shape != found[k].shape)
+        if differ:
+            raise ValueError(f"does not fit its own configuration: {len(differ)} weights are "
+                             f"missing, unknown or misshapen: {', '.join(differ[:4])}")
+        model.load_state_dict(found, strict=False)
 
 
-def load_run(path: Path, weights: str | None = None) -> tuple[nn.Module, list, Namespace]:
-    """The network of a checkpoint, its tasks and its flags; weights: where the backbone's are now.
+def load_optimizer(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+                   state: dict) -> None:
+    """Put back the moments and the loss scale of last.pt, if it has just those of this network.
+
+    AdamW does not look: with shorter ones, its fused step writes beyond the end of their memory.
     """
-    state = read_checkpoint(path)
-    older = {"without": [], "frozen": [], "fused": FUSED}  # flags that older runs lack
-    config = Namespace(**{**older, **state["config"]})
-    config.weights = weights or config.weights
-    tasks = make_tasks(config.tasks, CLASSES[config.dataset])
-    model = build(config, tasks, state["tree"])
-    load_trained(model, state, path)
-    return model, tasks, config
-
-
-def read_results(path: Path) -> dict:
-    """The object in a metrics.json. Raises ValueError."""
-    try:
-        content = json.loads(path.read_text())
-        return {**content, "results": dict(content["results"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a metrics.json of a run: {error!r}") from error
+    moments, fp16, step = state["optimizer"]["state"], dict(state["scaler"]), state["step"]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    own = {i: {"step": torch.tensor(0.0), "exp_avg": p, "exp_avg_sq": p}
+           for i, p in enumerate(params) if moments or step and not fp16}  # which skips first steps
+    kinds = [{(i, k): (x.shape, x.dtype) for i, kept in found.items() for k, x in kept.items()}
+             for found in (own, moments)]
+    done = {float(kept["step"]) for kept in moments.values()}
+    if (kinds[0] != kinds[1] or not (done <= {step} or fp16 and 0 < min(done) <= max(done) < step)
+            or fp16 and not 0 < fp16["scale"] < math.inf):
+        raise ValueError("its optimizer or loss scale is not of this network after its step")
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": {i: {
+        k: torch.empty_like(own[i][k]).copy_(x) for k, x in kept.items()}
+        for i, kept in moments.items()}})
+    if fp16:
+        scaler.load_state_dict({**scaler.state_dict(), "scale": fp16["scale"],
+                                "_growth_tracker": int(fp16["_growth_tracker"])})

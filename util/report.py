@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw  # comes with torchvision
@@ -19,8 +20,9 @@ from torchvision.utils import make_grid, save_image
 from bdta import Router
 from data import ToDevice, collate, warp
 from datasets.labels import read_image
+from recipes import read_results
 from tasks import delta_m, make_tasks
-from util.checkpoint import read_results
+from util.run import reading
 
 
 # --- text -----------------------------------------------------------------------------------------
@@ -48,6 +50,11 @@ def format_table(tasks: list, found: dict, reference: dict, size: tuple[int, int
         if nan:
             rows.append(f"{task.name:<13}the prediction is not a number (NaN) at {nan:,} of "
                         f"{pixels:,} valid pixels, and so are the metrics")
+        if not pixels:
+            rows.append(f"{task.name:<13}no image has a label of it: its metrics, and delta-m, are "
+                        "not a number")
+    if "delta_m" in found:
+        rows.append(f"delta-m {found['delta_m']:+.2f} %")
     return "\n".join(rows)
 
 
@@ -126,17 +133,18 @@ MARGIN = 42       # around it, for its title and its numbers
 
 def draw_curves(path: Path, log: Path, tasks: list) -> None:
     """Write a PNG: a column for each task, its training loss above its metric, over the steps."""
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
     width, height = (side + 2 * MARGIN for side in PANEL)
     picture = Image.new("RGB", (len(tasks) * width, 2 * height), "white")
     pen = ImageDraw.Draw(picture)
-    for column, task in enumerate(tasks):
-        losses = [(x["step"], x["loss"][task.name]) for x in lines if "lr" in x]
-        plot(pen, column * width, 0, f"{task.name}: training loss", losses)
-        values = [(x["step"], x["results"][task.name][task.metric]) for x in lines
-                  if "results" in x]
-        better = "up" if task.higher_is_better else "down"
-        plot(pen, column * width, height, f"{task.name}: {task.metric}, {better} is better", values)
+    with reading(log, "a log of train.py"):
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        for column, task in enumerate(tasks):
+            losses = [(x["step"], x["loss"][task.name]) for x in lines if "lr" in x]
+            plot(pen, column * width, 0, f"{task.name}: training loss", losses)
+            values = [(x["step"], x["results"][task.name][task.metric]) for x in lines
+                      if "results" in x]
+            plot(pen, column * width, height, f"{task.name}: {task.metric}, "
+                 f"{'up' if task.higher_is_better else 'down'} is better", values)
     picture.save(path)
 
 
@@ -147,7 +155,7 @@ def plot(pen: ImageDraw.ImageDraw, left: int, top: int, title: str,
     right, bottom = left + PANEL[0], top + PANEL[1]
     pen.text((left, top - 24), title, fill="black")
     pen.rectangle((left, top, right, bottom), outline="silver")
-    points = [(x, y) for x, y in points if math.isfinite(y)]
+    points = [(x, y) for x, y in points if y is not None and math.isfinite(y)]
     if not points:
         return
     xs, ys = zip(*points)
@@ -172,7 +180,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     freedom = len(values) - 1
     if not freedom:
         return values[0], math.inf
-    error = statistics.stdev(values) / math.sqrt(len(values))
+    error = np.std(values, ddof=1) / math.sqrt(len(values))  # statistics.stdev knows no NaN
     return statistics.mean(values), T95[min(freedom, len(T95) - 1)] * error
 
 
@@ -199,15 +207,16 @@ def collect_runs(folder: Path, last: bool = False) -> tuple[dict[str, dict[int, 
         dataset = dataset or run.get("dataset")
         if run.get("dataset") not in (dataset, None):
             raise ValueError(f"{path} is of {run['dataset']}, other runs are of {dataset}")
-        seed = run.get("seed", 0)
-        whole = methods.setdefault(method, {}).setdefault(seed, {"results": {}, "trainable": 0})
-        results = run["last"]["results"] if last else run["results"]
-        twice = sorted(whole["results"].keys() & results.keys())
-        if twice:
-            raise ValueError(f"{path}: {method} has {', '.join(twice)} of seed {seed} already; "
-                             "keep one run of each seed and task")
-        whole["results"] |= results
-        whole["trainable"] += run["trainable"]
+        with reading(path, "a metrics.json of a run"):
+            seed, results = run.get("seed", 0), (run["last"] if last else run)["results"]
+            whole = methods.setdefault(method, {}).setdefault(seed, {"results": {}, "trainable": 0})
+            twice = sorted(whole["results"].keys() & results.keys())
+            if twice:
+                raise ValueError(f"{method} has {', '.join(twice)} of seed {seed} already; keep "
+                                 "one run of each seed and task")
+            for task in make_tasks(list(results), 1):
+                whole["results"][task.name] = {task.metric: results[task.name][task.metric]}
+            whole["trainable"] += int(run["trainable"])
     if not methods:
         raise ValueError(f"no {folder}/METHOD/RUN/metrics.json; see docs/RESULTS.md, A run of runs")
     return methods, dataset
@@ -220,6 +229,9 @@ def find_baseline(name: str, methods: dict, dataset: str | None) -> dict:
     found = read_results(Path(name))
     if dataset and found.get("dataset", dataset) != dataset:
         raise ValueError(f"--baseline {name} is of {found['dataset']}, the runs of {dataset}")
+    with reading(Path(name), "a metrics.json of a run"):
+        for run in (run for seeds in methods.values() for run in seeds.values()):
+            delta_m(run["results"], found["results"])
     return found["results"]
 
 
@@ -231,7 +243,7 @@ def format_runs(methods: dict, baseline: dict | None, epoch: str) -> str:
     """
     def spread(values: list[float]) -> str:
         mean = statistics.mean(values)
-        return f"{mean:.4f}" + (f" +- {statistics.stdev(values):.4f}" if len(values) > 1 else "")
+        return f"{mean:.4f}" + (f" +- {np.std(values, ddof=1):.4f}" if len(values) > 1 else "")
 
     names = list(dict.fromkeys(name for seeds in methods.values() for run in seeds.values()
                                for name in run["results"]))

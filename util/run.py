@@ -1,6 +1,7 @@
 """Around a run: its device and precision, its memory, its progress, signals, and its last word.
 
-Nothing here knows of networks or data; train.py, eval.py and the tools share it.
+Nothing here knows of networks or data; train.py, eval.py and the tools share it. What a file can
+break ends here in one line: `reading` names the file, `one_line_errors` prints it.
 """
 
 import math
@@ -21,7 +22,7 @@ def pick_device(name: str) -> torch.device:
     """--device as a device that is there. Raises ValueError."""
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()  # "meta" holds no numbers
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name} cannot be used here; expected cpu, or cuda on a machine "
                          "with a GPU and its driver") from error
@@ -62,13 +63,9 @@ class LossMeter:
         self.restart(step)
 
     def restart(self, step: int) -> None:
-        """Begin anew after `step`."""
+        """Begin anew after `step`, from now on."""
         self.sums = torch.zeros(len(self.names), device=self.device)  # of the losses, (T,)
         self.last_logged = self.timed_from = step
-        self.clock = time.monotonic()
-
-    def pause(self) -> None:
-        """What took time until now shall not count."""
         self.clock = time.monotonic()
 
     def state(self) -> dict:
@@ -77,8 +74,9 @@ class LossMeter:
 
     def load_state(self, state: dict, leads: bool) -> None:
         """Go on from `state`; of several processes one alone takes its sums over."""
-        self.sums = state["sums"].to(self.device) * leads
-        self.last_logged = state["since"]
+        self.sums = state["sums"].float().view(len(self.names)).to(self.device) * leads
+        self.timed_from = state["step"]
+        self.last_logged = range(self.timed_from + 1).index(state["since"])  # no later
 
     def means(self, step: int, sum_all: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Each task's mean loss, summed over the processes. Waits for the GPU.
@@ -123,9 +121,25 @@ def stop_signals() -> Iterator[list[str]]:
 
 
 @contextmanager
+def reading(path: Path, expected: str) -> Iterator[None]:
+    """Whatever the content of a file breaks inside is a ValueError of one line that names it."""
+    if not Path(path).is_file():  # nor a FIFO, which would be waited for
+        raise ValueError(f"no file {path}; expected {expected}")
+    try:
+        yield
+    except Exception as error:  # readers document no list of them for a damaged file
+        if type(error) is ValueError:  # says in words what is wrong
+            raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path} is not {expected}, or is damaged: {type(error).__name__}: "
+                         f"{str(error).strip().partition(chr(10))[0][:60]}") from error
+
+
+@contextmanager
 def one_line_errors() -> Iterator[None]:
     """Bad input ends a program with one line; anything else is a bug and shows its trace."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
+            raise
         raise SystemExit(f"error: {str(error).strip().splitlines()[-1]}") from error
