@@ -7,11 +7,9 @@ other paper is named.
 """
 
 import argparse
-import io
 import json
 import math
 import os
-from contextlib import redirect_stderr
 from pathlib import Path
 
 import numpy as np
@@ -229,9 +227,6 @@ AT_LEAST_0 = ("lr", "head_lr", "warmup", "dropout", "drop_path", "weight_decay",
 AT_MOST = dict(warmup=0.99, dropout=0.99, drop_path=0.99, workers=256, seed=2 ** 32, rank=4096,
                last_rank=4096, train_rooms=10 ** 5, val_rooms=10 ** 5)  # else without end
 NOT_OF_BDTA = ("rank", "last_rank", "without", "frozen", "dropout", "fused")
-# What shapes a network, and what it is measured on: a checkpoint says it, and nothing else.
-OF_NETWORK = ("dataset method tasks size backbone weights rank last_rank reduction layers without "
-              "frozen fused groups seed amp val_rooms").split()
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -287,22 +282,6 @@ def default_groups(config: argparse.Namespace) -> tuple[int, ...]:
     if config.dataset == "rooms" and config.tasks == names(RECIPES["rooms"]["tasks"]):
         return 1, 2, 2, 5
     return paper_groups(len(config.tasks))
-
-
-def network_flags(saved: dict) -> argparse.Namespace:
-    """A checkpoint's flags OF_NETWORK, checked as if typed; the others are the recipe's."""
-    argv, skipped = [], NOT_OF_BDTA if saved["method"] == "bdta" else ("reduction",)
-    for name in OF_NETWORK:
-        value = None if name in skipped else saved[name]
-        if isinstance(value, (list, tuple)):
-            value = ("x" if name == "size" else ",").join(map(str, value))
-        if value not in (None, ""):  # as it is without the flag
-            argv.append(f"--{name.replace('_', '-')}={value}")
-    try:
-        with redirect_stderr(io.StringIO()) as said:
-            return parse_arguments(argv)
-    except SystemExit:
-        raise ValueError(said.getvalue().strip().rpartition("error: ")[2]) from None
 
 
 # --- what only the run can check ------------------------------------------------------------------
