@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from datasets import archives
+from tasks import TASKS
 from util.run import progress
 
 NUM_CLASSES = {"nyud": 40, "pascal": 21}  # of semseg
@@ -231,7 +232,8 @@ LAYOUTS = {
         "normals": (read_pascal_normals, ("normals_distill/{}.png",),
                     ("pascal-context/trainval/{}.mat",))}),
 }
-CHANNELS = {"image": (3,), "depth": (1,), "normals": (3,)}  # classes have none
+CHANNELS = {"image": (3,), **{name: (task.channels,) for name, task in TASKS.items()
+                              if task.kind != "classes"}}  # which have none
 
 
 class Files(Dataset):
