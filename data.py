@@ -138,7 +138,7 @@ def collate(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
     batch = {}
     for name in samples[0]:
-        classes = name in TASKS and TASKS[name].kind == "classes"
+        classes = name != "image" and TASKS[name].kind == "classes"
         batch[name] = torch.stack([padded(s[name], IGNORE if classes else 0) for s in samples])
     return {"size": size, **batch}
 
