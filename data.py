@@ -133,13 +133,10 @@ def collate(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     size = torch.tensor([sample["image"].shape[1:] for sample in samples])
     H, W = size.amax(0).tolist()
 
-    def padded(x: Tensor, invalid: int) -> Tensor:
-        return F.pad(x, (0, W - x.shape[-1], 0, H - x.shape[-2]), value=invalid)
+    def padded(x: Tensor) -> Tensor:  # which `warp` never looks at
+        return F.pad(x, (0, W - x.shape[-1], 0, H - x.shape[-2]))
 
-    batch = {}
-    for name in samples[0]:
-        classes = name != "image" and TASKS[name].kind == "classes"
-        batch[name] = torch.stack([padded(s[name], IGNORE if classes else 0) for s in samples])
+    batch = {k: torch.stack([padded(sample[k]) for sample in samples]) for k in samples[0]}
     return {"size": size, **batch}
 
 
