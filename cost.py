@@ -92,7 +92,7 @@ def network(config: argparse.Namespace) -> nn.Module:
     Costs depend on how many groups a stage has and, as adapters are padded to the largest one's
     rank, on how uneven they are: without a tree, as uneven as can be.
     """
-    tasks = make_tasks(config.tasks, CLASSES[config.dataset])
+    tasks = make_tasks(config.tasks, CLASSES.get(config.dataset))
     tree = (read_tree(config.tree, config.tasks) if config.tree else
             build_tree(np.zeros((len(tasks), len(tasks))), config.groups))
     with torch.device("meta"):

@@ -1,11 +1,11 @@
 """From samples to batches, and the one augmentation warp.
 
-A sample is a dict of tensors at the image's own size: image (3, H, W) uint8 and the labels that the
-tasks ask for: semseg, human_parts and sal (H, W) uint8 with 255 = ignore, depth (1, H, W) float32
-metres with 0 = invalid, normals (3, H, W) float32 (x right, y down, z to the camera) with 0, 0, 0
-= invalid. `collate` pads a batch to its largest image; `warp` then cuts, on the training device
-and with one grid, the image (bilinear) and all labels (nearest) to the training size, augmented or
-not. Where samples come from: datasets/rooms.py renders them, datasets/labels.py reads them.
+A sample is a dict of tensors at the image's own size: image (3, H, W) uint8, and a label for each
+task, of which the task's kind says what it is (tasks.py): classes (H, W) with 255 = ignore, or
+floats (channels, H, W) with 0 = invalid. `Checked` makes sure of it. `collate` pads a batch to its
+largest image; `warp` then cuts, on the training device and with one grid, the image (bilinear) and
+all labels (nearest) to the training size, augmented or not. Where samples come from:
+datasets/rooms.py renders them, datasets/labels.py reads them, one's own is one more in DATASETS.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,21 +20,96 @@ from datasets.archives import find_dataset
 from datasets.classes import SEMSEG
 from datasets.labels import Files
 from datasets.rooms import ROOM_CLASSES, Rooms
+from tasks import IGNORE, TASKS, make_tasks
 from util.run import progress
 
+KINDS = ("classes", "values", "distances", "directions")  # of tasks: see tasks.py
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as the backbone expects
 CLASSES = {name: len(names) for name, names in {"rooms": ROOM_CLASSES, **SEMSEG}.items()}
 
 
+def open_rooms(config, split: str) -> Dataset:
+    length = config.train_rooms if split == "train" else config.val_rooms
+    return Rooms(split, config.tasks, length, config.size)
+
+
+def open_files(config, split: str) -> Dataset:
+    root = find_dataset(config.dataset, config.data_root, config.download)
+    return Files(config.dataset, root, split, config.tasks)
+
+
+DATASETS = {"rooms": open_rooms, "nyud": open_files, "pascal": open_files}  # (config, split)
+
+
 def open_dataset(config, split: str) -> Dataset:
     """The "train" or "val" split that `config`'s attributes name, in memory if they ask for it."""
-    if config.dataset == "rooms":
-        length = config.train_rooms if split == "train" else config.val_rooms
-        dataset = Rooms(split, config.tasks, length, config.size)
-    else:
-        root = find_dataset(config.dataset, config.data_root, config.download)
-        dataset = Files(config.dataset, root, split, config.tasks)
+    if config.dataset not in DATASETS:
+        raise ValueError(f"unknown dataset {config.dataset!r}; expected one of "
+                         f"{', '.join(DATASETS)}, or one that was put into data.DATASETS")
+    tasks = make_tasks(config.tasks, CLASSES.get(config.dataset))
+    dataset = Checked(config.dataset, DATASETS[config.dataset](config, split), tasks)
+    if not len(dataset):
+        raise ValueError(f"{config.dataset}: no image for {split} under {config.data_root}")
     return InMemory(dataset) if config.cache else dataset
+
+
+class Checked(Dataset):
+    """The image and the labels of `tasks` of each sample of `dataset`, called `name` in errors.
+
+    They may come as arrays, and a single channel without its axis; a value that is not finite
+    becomes 0, invalid. ValueError where a label is not what its task's kind says.
+    """
+
+    def __init__(self, name: str, dataset: Dataset, tasks: list):
+        self.name, self.dataset, self.tasks = name, dataset, tasks
+        for task in tasks:
+            if task.kind not in KINDS:
+                raise ValueError(f"task {task.name} is of kind {task.kind!r}; expected one of "
+                                 f"{', '.join(KINDS)}")
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        sample = self.dataset[i]
+        missing = {"image", *(task.name for task in self.tasks)} - sample.keys()
+        if missing:
+            raise ValueError(f"{self.name}: sample {i} has no {', '.join(sorted(missing))}; it has "
+                             f"{', '.join(sample)}")
+        image = torch.as_tensor(sample["image"])
+        if image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3:
+            raise ValueError(f"{self.name}: sample {i}: its image is {described(image)}; expected "
+                             "(3, H, W) of uint8")
+        try:
+            labels = {task.name: as_label(task, sample[task.name], image.shape[1:])
+                      for task in self.tasks}
+        except ValueError as error:
+            raise ValueError(f"{self.name}: sample {i}: {error}") from None
+        return {"image": image, **labels}
+
+
+def described(x: Tensor) -> str:
+    return f"{tuple(x.shape)} of {str(x.dtype).removeprefix('torch.')}"
+
+
+def as_label(task, label, size: Sequence[int]) -> Tensor:
+    """`label` of an image of `size` (H, W), as the kind of `task` has it: see tasks.py."""
+    label, size = torch.as_tensor(label), tuple(size)
+    floats, classes = label.is_floating_point(), task.kind == "classes"
+    if floats and not classes and label.ndim == 2:
+        label = label[None]
+    shape = size if classes else (task.channels, *size)
+    if floats == classes or label.shape != shape:
+        raise ValueError(f"its {task.name} is {described(label)}; expected {shape} of "
+                         f"{'integers' if classes else 'floats'}, as a task of {task.kind}")
+    if not classes:
+        return label.float().where(label.isfinite(), 0)
+    label = label.long()
+    wrong = label[(label != IGNORE) & ((label < 0) | (label >= task.classes))]
+    if len(wrong):
+        raise ValueError(f"its {task.name} holds class {wrong[0]}; expected 0 to "
+                         f"{task.classes - 1}, or {IGNORE} = ignore")
+    return label.to(torch.uint8)
 
 
 # --- batches --------------------------------------------------------------------------------------
@@ -59,8 +134,8 @@ def collate(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     size = torch.tensor([sample["image"].shape[1:] for sample in samples])
     H, W = size.amax(0).tolist()
 
-    def padded(x: Tensor) -> Tensor:  # only classes have no channels
-        return F.pad(x, (0, W - x.shape[-1], 0, H - x.shape[-2]), value=255 if x.ndim == 2 else 0)
+    def padded(x: Tensor) -> Tensor:  # which `warp` never looks at
+        return F.pad(x, (0, W - x.shape[-1], 0, H - x.shape[-2]))
 
     batch = {k: torch.stack([padded(sample[k]) for sample in samples]) for k in samples[0]}
     return {"size": size, **batch}
@@ -114,10 +189,10 @@ def warp(batch: dict[str, Tensor], size: Sequence[int], flip: Tensor | None = No
          angle: Tensor | None = None) -> tuple[Tensor, dict]:
     """Cut a batch to (h, w), one sampling grid for the image and all labels.
 
-    flip (B,) bool mirrors left and right; scale (B,) zooms in and divides depth, as walking closer
-    would; centre (B, 2) is the middle of the cut, x and y in -1..1 of the image; angle (B,), in
-    degrees, turns the picture counter-clockwise. Normals turn and flip with it. Without them, a
-    plain resize. What lies outside the image is invalid, and 0 in the normalised image.
+    flip (B,) bool mirrors left and right; scale (B,) zooms in; centre (B, 2) is the middle of
+    the cut, x and y in -1..1 of the image; angle (B,), in degrees, turns the picture counter-
+    clockwise. Values change as their task's kind says. Without them, a plain resize. What lies
+    outside the image is invalid, and 0 in the normalised image.
     Returns the image (B, 3, h, w), normalised, and the labels, as tasks.py wants them.
     """
     image, B = batch["image"], len(batch["image"])
@@ -153,16 +228,16 @@ def warp(batch: dict[str, Tensor], size: Sequence[int], flip: Tensor | None = No
     image = (image - mean) / std * inside[:, None]
     labels = {}
     for name in batch.keys() - {"image", "size"}:
-        label = batch[name].float()
-        classes = label.ndim == 3
-        label = 255 - label[:, None] if classes else label  # so that 0 is invalid in all of them
+        label, kind = batch[name].float(), TASKS[name].kind
+        if kind == "classes":
+            label = IGNORE - label[:, None]  # so that 0 is invalid in all of them
         label = F.grid_sample(label, nearest, mode="nearest", align_corners=False)
         label = label * inside[:, None]
-        if classes:
-            label = (255 - label[:, 0]).round().long()
-        elif name == "depth":
+        if kind == "classes":
+            label = (IGNORE - label[:, 0]).round().long()
+        elif kind == "distances":
             label = label / zoom[:, None, None, None]
-        elif name == "normals":  # x and y turn the other way: from the image to the cut
+        elif kind == "directions":  # x and y turn the other way: from the image to the cut
             xy = torch.einsum("bij,bihw->bjhw", turn, label[:, :2])
             label = torch.cat([xy, label[:, 2:]], 1)
         labels[name] = label

@@ -9,9 +9,13 @@ valid pixel, and where any prediction is NaN, a task's metrics are NaN.
 A loss is a mean over the valid pixels of a batch. Where the batch is computed in parts, `totals` of
 the whole of it, passed to each part's `loss`, make the parts' losses add up to the batch's.
 
-Shapes: B batch, H W pixels. A prediction is (B, outputs, H, W); labels are (B, H, W) int64 for
-classes, sal and edge, (B, 1, H, W) for depth in metres, (B, 3, H, W) for normals (x right, y down,
-z to the camera).
+A task's `kind` says how data.py checks and warps its labels; with it go `classes` or `channels`:
+classes      (H, W) integers below `classes`, or 255
+values       (channels, H, W) floats, as of the next two; a warp moves them
+distances    from the camera, as depth in metres; a zoom divides them, as walking closer would
+directions   as normals, x right, y down, z to the camera; x and y turn and flip with the picture
+Shapes in losses and metrics, B batch, H W pixels: labels (B, H, W) int64 or (B, channels, H, W),
+`valid` of them (B, H, W) or (B, 1, H, W), predictions (B, outputs, H, W).
 References: arXiv 2509.19602, sections 4.2, 4.3 and eq. 7; MTLoRA, arXiv 2403.20320, section 4.1.
 """
 
@@ -25,12 +29,12 @@ IGNORE = 255
 
 
 class Segmentation:
-    """semseg and human_parts: one class a pixel; mean intersection over union (mIoU)."""
+    """One class a pixel, of so many (None: the dataset says); mean intersection over union."""
 
-    metric, higher_is_better = "mIoU", True
+    kind, metric, higher_is_better = "classes", "mIoU", True
 
-    def __init__(self, name: str, classes: int, weight: float):
-        self.name, self.outputs, self.weight = name, classes, weight
+    def __init__(self, name: str, classes: int | None, weight: float):
+        self.name, self.classes, self.outputs, self.weight = name, classes, classes, weight
 
     def valid(self, label: Tensor) -> Tensor:
         return label != IGNORE  # (B, H, W)
@@ -77,7 +81,7 @@ class Saliency:
     """What catches the eye: 1 or 0 a pixel; IoU and F of the best of 15 thresholds."""
 
     name, weight, metric, higher_is_better = "sal", 5.0, "mIoU", True
-    outputs = 1
+    kind, classes, outputs = "classes", 2, 1
     thresholds = torch.arange(4, 19) / 20  # 0.20, 0.25 ... 0.90
 
     def valid(self, label: Tensor) -> Tensor:
@@ -143,7 +147,7 @@ class Edge:
     """
 
     name, weight, metric, higher_is_better = "edge", 50.0, "F", True  # weight: MTI-Net's
-    outputs, positive = 1, 0.95  # an edge's error weighs 0.95, any other 0.05: edges are few
+    kind, classes, outputs, positive = "classes", 2, 1, 0.95  # edges are few: one weighs 0.95
     thresholds = torch.arange(1, 20) / 20  # 0.05, 0.10 ... 0.95
     valid, best_constant, colours = Saliency.valid, Saliency.best_constant, Saliency.colours
 
@@ -189,7 +193,7 @@ class Depth:
     """Depth along the optical axis, in metres; root mean square error over pixels."""
 
     name, weight, metric, higher_is_better = "depth", 1.0, "rmse", False
-    outputs = 1
+    kind, channels, outputs = "distances", 1, 1
 
     def valid(self, label: Tensor) -> Tensor:
         return label > 0  # (B, 1, H, W)
@@ -233,7 +237,7 @@ class Normals:
     """
 
     name, weight, metric, higher_is_better = "normals", 10.0, "mean", False
-    outputs = 3
+    kind, channels, outputs = "directions", 3, 3
 
     def valid(self, label: Tensor) -> Tensor:
         return label.norm(dim=1) > 0.5  # (B, H, W)
@@ -286,17 +290,24 @@ def nan_if(mask: Tensor) -> Tensor:
     return torch.where(mask.any(), math.nan, 0.0).double()
 
 
-def make_tasks(names: list[str], classes: int) -> list:
-    """Task objects for `names`, in that order; classes: of the dataset's semseg."""
-    known = {"semseg": lambda: Segmentation("semseg", classes, 1.0),
-             "human_parts": lambda: Segmentation("human_parts", 7, 2.0),
-             "sal": Saliency, "edge": Edge, "depth": Depth, "normals": Normals}
+TASKS = {task.name: task for task in (  # a task of one's own is one more
+    Segmentation("semseg", None, 1.0), Segmentation("human_parts", 7, 2.0), Saliency(), Edge(),
+    Depth(), Normals())}
+
+
+def make_tasks(names: list[str], classes: int | None) -> list:
+    """The tasks called `names`, in that order; classes: of the dataset's semseg."""
     for name in names:
-        if name not in known:
-            raise ValueError(f"unknown task {name!r}; expected some of {', '.join(known)}")
+        if name not in TASKS:
+            raise ValueError(f"unknown task {name!r}; expected some of {', '.join(TASKS)}, or one "
+                             "of your own, put into tasks.TASKS")
     if not names or len(set(names)) != len(names):
         raise ValueError(f"tasks {','.join(names)!r}: expected each at most once, and at least one")
-    return [known[name]() for name in names]
+    tasks = [TASKS[name] for name in names]
+    if not (classes or all(task.outputs for task in tasks)):
+        raise ValueError("semseg: how many classes? Put it into data.CLASSES, as of rooms")
+    return [task if task.outputs else Segmentation(task.name, classes, task.weight)
+            for task in tasks]
 
 
 def delta_m(results: dict, baseline: dict) -> float:

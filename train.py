@@ -162,7 +162,7 @@ def run(config: argparse.Namespace, open_data: Callable = open_dataset) -> None:
     # Settings: whatever can be wrong is said before any work.
     team = Team(pick_device(config.device))  # one process, unless torchrun started more
     device, amp = team.device, amp_dtype(config.amp, team.device)
-    tasks = make_tasks(config.tasks, CLASSES[config.dataset])
+    tasks = make_tasks(config.tasks, CLASSES.get(config.dataset))
     tree = read_tree(config.tree, config.tasks) if config.tree else None
     if tree:
         config.groups = tuple(len(partition) for partition in tree)

@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 
 from datasets import archives
 from datasets.classes import NYU_CLASSES, PARTS, SEMSEG
+from tasks import TASKS
 from util.run import progress
 
 SIDE, PHOTO = 4096, 2048  # the longest side, in pixels, of a dataset's image, and of a photo
@@ -262,7 +263,8 @@ LAYOUTS = {
         "normals": (read_pascal_normals, ("normals_distill/{}.png",),
                     ("pascal-context/trainval/{}.mat",))}),
 }
-CHANNELS = {"image": (3,), "depth": (1,), "normals": (3,)}  # classes have none
+CHANNELS = {"image": (3,), **{name: (task.channels,) for name, task in TASKS.items()
+                              if task.kind != "classes"}}  # which have none
 
 
 class Files(Dataset):

@@ -241,4 +241,7 @@ class Rooms(Dataset):
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         sample = render_room((*self.key, i), *self.size)
+        if unknown := [task for task in self.tasks if task not in sample]:
+            raise ValueError(f"rooms has no labels for {', '.join(unknown)}; it has "
+                             f"{', '.join(kind for kind in sample if kind != 'image')}")
         return {kind: sample[kind] for kind in ("image", *self.tasks)}

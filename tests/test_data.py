@@ -3,6 +3,8 @@
 import os
 import shutil
 import zlib
+from argparse import Namespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,11 +13,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from data import Files, Rooms, collate, draw_augmentation, epoch_batches, loader, warp
+from data import (CLASSES, DATASETS, Checked, Files, Rooms, collate, draw_augmentation,
+                  epoch_batches, loader, open_dataset, warp)
 from datasets import labels
 from datasets.archives import find_dataset
 from datasets.labels import NYU_CLASSES, PARTS
 from datasets.rooms import render_room
+from tasks import TASKS as KNOWN
+from tasks import make_tasks
 
 TASKS = ["semseg", "depth", "normals"]
 PASCAL = ["semseg", "human_parts", "sal", "normals"]
@@ -273,6 +278,94 @@ def test_the_warp_equals_a_plain_one():
                                        atol=2e-3 if name == "image" else 1e-5, err_msg=name)
 
 
+# --- tasks and datasets of one's own ---
+OWN = {"things": SimpleNamespace(name="things", kind="classes", classes=7, outputs=7),
+       "range": SimpleNamespace(name="range", kind="distances", channels=1, outputs=1),
+       "flow": SimpleNamespace(name="flow", kind="directions", channels=3, outputs=3),
+       "height": SimpleNamespace(name="height", kind="values", channels=1, outputs=1)}
+
+
+@pytest.fixture
+def own(monkeypatch):
+    for name, task in OWN.items():
+        monkeypatch.setitem(KNOWN, name, task)
+
+
+def test_a_labels_kind_alone_says_how_it_is_warped(own):
+    """Other names, same kinds, same labels; plain values only move; in a padded batch."""
+    rooms = [render_room((0, 0, i), 40, 40 + 8 * i) for i in range(4)]
+    torch.manual_seed(0)
+    drawn = draw_augmentation(4, True, (0.75, 1.5), 20.0)
+    _, expected = warp(collate(rooms), (32, 48), **drawn)
+    _, labels = warp(collate([{
+        "image": room["image"], "things": room["semseg"], "range": room["depth"],
+        "flow": room["normals"], "height": room["depth"]} for room in rooms]), (32, 48), **drawn)
+    for name, like in (("things", "semseg"), ("range", "depth"), ("flow", "normals")):
+        assert torch.equal(labels[name], expected[like]), name
+    scale = drawn["scale"][:, None, None, None]
+    torch.testing.assert_close(labels["height"], expected["depth"] * scale)
+
+
+def samples_of(sample, *names):
+    """The first sample of a dataset that consists of it, checked."""
+    tasks = make_tasks(list(names), 7)
+    return Checked("mine", [sample], tasks)[0]
+
+
+def test_a_label_may_come_as_an_array_and_a_single_channel_without_its_axis(own):
+    """Values stay what they are, but for those that are not finite: these were not measured."""
+    height = np.array([[0.25, -1.5, np.nan], [np.inf, 3, 0]])
+    things = np.array([[0, 6, 255], [1, 2, 3]], np.int64)
+    found = samples_of({"image": np.zeros((3, 2, 3), np.uint8), "height": height, "id": "a",
+                        "things": things}, "height", "things")
+    assert found["height"].tolist() == [[[0.25, -1.5, 0], [0, 3, 0]]]
+    assert found["height"].dtype == torch.float32
+    assert found["things"].tolist() == things.tolist() and found["things"].dtype == torch.uint8
+    assert set(found) == {"image", "height", "things"}
+
+
+@pytest.mark.parametrize("name, label, message", [
+    ("things", torch.zeros(4, 6), r"things is \(4, 6\) of float32; expected \(4, 6\) of integers"),
+    ("things", torch.zeros(4, 6, 3).byte(), r"things is \(4, 6, 3\) of uint8; expected \(4, 6\)"),
+    ("things", torch.full((4, 6), 7), "things holds class 7; expected 0 to 6, or 255"),
+    ("things", torch.full((4, 6), -1), "things holds class -1; expected 0 to 6, or 255"),
+    ("semseg", torch.full((4, 6), 9), "semseg holds class 9; expected 0 to 6, or 255"),
+    ("height", torch.zeros(4, 6).int(), r"height is \(4, 6\) of int32; expected \(1, 4, 6\) of fl"),
+    ("height", torch.zeros(5, 6), r"height is \(1, 5, 6\) of float32; expected \(1, 4, 6\)"),
+    ("flow", torch.zeros(4, 6, 3), r"flow is \(4, 6, 3\) of float32; expected \(3, 4, 6\) of fl"),
+    ("flow", torch.zeros(4, 6), r"flow is \(1, 4, 6\) of float32; expected \(3, 4, 6\) of fl"),
+    ("image", torch.zeros(4, 6, 3).byte(), r"image is \(4, 6, 3\) of uint8; expected \(3, H, W\)"),
+    ("edge", None, "has no edge; it has image, things")])
+def test_a_label_that_its_kind_does_not_allow_is_refused(own, name, label, message):
+    """Its sample, its task, what it is and what it should be, in one line."""
+    sample = {"image": torch.zeros(3, 4, 6).byte(), "things": torch.zeros(4, 6).byte()}
+    sample |= {} if label is None else {name: label}
+    with pytest.raises(ValueError, match=f"^mine: sample 0.*{message}"):
+        samples_of(sample, "things" if name == "image" else name)
+
+
+def test_datasets_are_opened_by_name(own, monkeypatch):
+    """One's own is one more; what is unknown, empty, or has no such label or kind is said."""
+    config = Namespace(dataset="mine", tasks=["semseg"], cache=True, data_root="here", size=(8, 8),
+                       train_rooms=1, val_rooms=1)
+    with pytest.raises(ValueError, match="unknown dataset 'mine'; expected one of rooms, nyud, "):
+        open_dataset(config, "val")
+    monkeypatch.setitem(DATASETS, "mine",
+                        lambda config, split: Rooms(split, config.tasks, 2, (9, 9)))
+    monkeypatch.setitem(CLASSES, "mine", 7)
+    assert len(open_dataset(config, "val")) == 2
+    monkeypatch.setitem(DATASETS, "mine", lambda config, split: [])
+    with pytest.raises(ValueError, match="mine: no image for val under here"):
+        open_dataset(config, "val")
+    config.dataset, config.tasks = "rooms", ["semseg", "height"]
+    with pytest.raises(ValueError, match="rooms has no labels for height; it has semseg, depth"):
+        open_dataset(config, "val")
+    monkeypatch.setattr(OWN["height"], "kind", "heights")
+    with pytest.raises(ValueError, match="task height is of kind 'heights'; expected one of cl"):
+        open_dataset(config, "val")
+
+
+# --- batches ---
 def test_batches_depend_on_seed_and_epoch_alone():
     """Every image once an epoch, another order the next; workers change nothing."""
     batches = epoch_batches(10, 3, 2, seed=5)

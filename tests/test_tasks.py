@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tasks import Depth, Edge, Normals, Saliency, Segmentation, delta_m, make_tasks
+from tasks import TASKS, Depth, Edge, Normals, Saliency, Segmentation, delta_m, make_tasks
 
 
 def random_labels(seed, B=3, H=5, W=6, classes=4):
@@ -143,13 +143,14 @@ def test_empty_masks_have_defined_scores():
     assert task.metrics(task.sums(high, empty + 1)) == {"mIoU": 1, "maxF": pytest.approx(1)}
 
 
-@pytest.mark.parametrize("name", ["semseg", "human_parts", "sal", "edge", "depth", "normals"])
+@pytest.mark.parametrize("name", TASKS)
 def test_nothing_valid_and_predictions_of_nan_give_nan(name):
     """Never a number that looks like a result; a NaN under an invalid pixel does not matter."""
     task = make_tasks([name], 4)[0]
-    label = torch.ones(2, 3, 4, 4) if name == "normals" else (
-        torch.ones(2, 1, 4, 4) if name == "depth" else torch.ones(2, 4, 4, dtype=torch.long))
-    invalid = 0 if name in ("depth", "normals") else 255
+    classes = task.kind == "classes"
+    label = (torch.ones(2, 4, 4, dtype=torch.long) if classes else
+             torch.ones(2, task.channels, 4, 4))  # as the task's kind says
+    invalid = 255 if classes else 0
     label[1] = invalid
     pred = torch.randn(2, task.outputs, 4, 4)
     sums = task.sums(pred, label)
@@ -225,7 +226,20 @@ def test_the_papers_own_table_gives_its_delta_m():
 
 
 def test_unknown_and_repeated_tasks_are_refused():
-    with pytest.raises(ValueError, match="unknown task 'semsg'"):
+    """And semseg, where nothing says of how many classes."""
+    with pytest.raises(ValueError, match="unknown task 'semsg'; expected some of .*tasks.TASKS"):
         make_tasks(["semsg"], 6)
     with pytest.raises(ValueError, match="at most once"):
         make_tasks(["depth", "depth"], 6)
+    with pytest.raises(ValueError, match="how many classes"):
+        make_tasks(["depth", "semseg"], None)
+    assert make_tasks(["human_parts"], None)[0].outputs == 7
+
+
+def test_a_task_of_ones_own_is_one_more_in_the_table(monkeypatch):
+    """By its name in results and baselines, too; semseg's classes are of the dataset, each time."""
+    ground = Segmentation("ground", 3, 1.0)
+    monkeypatch.setitem(TASKS, "ground", ground)
+    assert make_tasks(["depth", "ground"], None)[1] is ground
+    assert delta_m({"ground": {"mIoU": 0.6}}, {"ground": {"mIoU": 0.5}}) == pytest.approx(20)
+    assert [make_tasks(["semseg"], n)[0].outputs for n in (40, 21)] == [40, 21]

@@ -31,7 +31,8 @@ class Summary:
 
     def add(self, value: np.ndarray, id: str) -> None:  # (H, W), or (H, W, channels)
         label = torch.from_numpy(np.ascontiguousarray(value))
-        label = (label.permute(2, 0, 1) if label.ndim == 3 else label.long())[None]
+        classes = self.task.kind == "classes"
+        label = (label.long() if classes else label.permute(2, 0, 1))[None]
         valid = self.task.valid(label).reshape(value.shape[:2]).numpy()
         self.pixels += valid.size
         self.valid += int(valid.sum())
@@ -39,10 +40,8 @@ class Summary:
             self.empty.append(id)
             return
         values = value[valid]  # (N,) classes, or (N, channels)
-        if self.task.name in ("depth", "normals"):
-            self.sums += values.sum(0, dtype=float)
-        else:
-            self.sums += np.bincount(values, minlength=len(SEMSEG["nyud"]))
+        self.sums += (np.bincount(values, minlength=self.task.classes) if classes else
+                      values.sum(0, dtype=float))
         self.least, self.most = min(self.least, values.min()), max(self.most, values.max())
 
     def __str__(self) -> str:
@@ -56,11 +55,13 @@ class Summary:
 
     def values(self, mean: np.ndarray) -> str:
         """mean: of the valid pixels (channels,), or each class's part of them (classes,)."""
-        if self.task.name == "depth":
-            return f"{self.least:.2f} to {self.most:.2f} m, mean {mean[0]:.2f}"
-        if self.task.name == "normals":
+        if self.task.kind == "classes":
+            return "classes " + "  ".join(f"{c}: {part:.1%}" for c, part in enumerate(mean) if part)
+        if self.task.kind == "directions":
             return "mean (x right, y down, z to the camera) " + " ".join(f"{x:+.2f}" for x in mean)
-        return "classes " + "  ".join(f"{c}: {part:.1%}" for c, part in enumerate(mean) if part)
+        unit = " m" if self.task.kind == "distances" else ""
+        return (f"{self.least:.2f} to {self.most:.2f}{unit}, mean "
+                + " ".join(f"{x:.2f}" for x in mean))
 
 
 def check_split(name: str, root: Path, split: str, tasks: list) -> tuple[list[str], str, list[str]]:

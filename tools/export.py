@@ -57,7 +57,7 @@ def load_run(path: Path, weights: str | None = None) -> tuple[nn.Module, list, a
         older = {"without": [], "frozen": [], "fused": FUSED}  # flags that older runs lack
         config = network_flags({**older, **state["config"]})
         config.weights = weights or config.weights
-        tasks = make_tasks(config.tasks, CLASSES[config.dataset])
+        tasks = make_tasks(config.tasks, CLASSES.get(config.dataset))
         model = build(config, tasks, state["tree"])
     load_trained(model, state, path)
     return model, tasks, config
