@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from data import CLASSES
 from grouping import build_tree, read_tree, score
 from model import build
-from recipes import paper_groups, parse_arguments
+from flags import parse_arguments
+from recipes import paper_groups
 from tasks import make_tasks
 from tglora import TGLoRALinear
 from util.run import one_line_errors

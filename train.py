@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from cost import fit_budget, format_frontier, ledger
 from data import (CLASSES, ToDevice, draw_augmentation, epoch_batches, loader, open_dataset, warp)
 from eval import evaluate, predictor, reference
+from flags import parse_arguments, read_baseline, settings, tree_without_choice
 from grouping import Partition, build_tree, format_tree, name_tree, read_tree
 from model import build
-from recipes import parse_arguments, read_baseline, tree_without_choice
 from similarity import finetune_decoders, format_similarity, fresh_decoders, task_similarity
 from stability import stability
 from tasks import delta_m, make_tasks
@@ -173,6 +173,7 @@ def run(config: argparse.Namespace, open_data: Callable = open_dataset) -> None:
     held = lock(out) if team.leads else None  # until this function ends, or the process
     last, best_pt = check_out(config, tree) or (None, None)  # of the run that --resume continues
     tree = last["tree"] if last else tree
+    print(settings(config))
 
     # Data.
     with team.leader_first():  # which unpacks and parses, once
@@ -307,10 +308,9 @@ def run(config: argparse.Namespace, open_data: Callable = open_dataset) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = parse_arguments(argv)
     try:
         with one_line_errors():
-            run(config)
+            run(parse_arguments(argv))
     except KeyboardInterrupt:
         raise SystemExit("interrupted; where there is a last.pt, continue with --resume, else "
                          "start again") from None

@@ -9,7 +9,7 @@ from conftest import costs
 import cost
 import train
 from grouping import build_tree, check_tree, score
-from recipes import parse_arguments
+from flags import parse_arguments
 
 
 def fit(*flags):

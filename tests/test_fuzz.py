@@ -20,7 +20,7 @@ from datasets.archives import unpack
 from datasets.labels import in_another_process, read_image
 from datasets.rooms import render_room
 from grouping import check_tree, read_tree
-from recipes import read_baseline
+from flags import read_baseline
 from swin import build_swin, load_weights
 from tasks import make_tasks
 from util.checkpoint import read_checkpoint, save

@@ -32,7 +32,7 @@ from eval import predictor
 from grouping import best_partition, build_tree
 from model import build
 from pvt import build_pvt
-from recipes import parse_arguments
+from flags import parse_arguments
 from similarity import task_similarity
 from swin import build_swin
 from tasks import make_tasks

@@ -8,9 +8,7 @@ References: https://docs.pytorch.org/docs/stable/export.html.
 """
 
 import argparse
-import io
 from functools import partial
-from contextlib import redirect_stderr
 from pathlib import Path
 
 import torch
@@ -19,39 +17,21 @@ from torch import nn
 from data import CLASSES
 from decoders import FUSED
 from model import build
-from recipes import NOT_OF_BDTA, parse_arguments
+from flags import network_flags
 from tasks import make_tasks
 from tglora import merge
 from util.checkpoint import load_trained, read_checkpoint, write_whole
 from util.run import one_line_errors, reading
 
 
-# What shapes a network, and what it is measured on: a checkpoint says it, and nothing else.
-OF_NETWORK = ("dataset method tasks size backbone weights rank last_rank reduction layers without "
-              "frozen fused groups seed amp val_rooms").split()
-
-
-def network_flags(saved: dict) -> argparse.Namespace:
-    """A checkpoint's flags OF_NETWORK, checked as if typed; the others are the recipe's."""
-    argv, skipped = [], NOT_OF_BDTA if saved["method"] == "bdta" else ("reduction",)
-    for name in OF_NETWORK:
-        value = None if name in skipped else saved[name]
-        if isinstance(value, (list, tuple)):
-            value = ("x" if name == "size" else ",").join(map(str, value))
-        if value not in (None, ""):  # as it is without the flag
-            argv.append(f"--{name.replace('_', '-')}={value}")
-    try:
-        with redirect_stderr(io.StringIO()) as said:
-            return parse_arguments(argv)
-    except SystemExit:
-        raise ValueError(said.getvalue().strip().rpartition("error: ")[2]) from None
-
-
-def load_run(path: Path, weights: str | None = None) -> tuple[nn.Module, list, argparse.Namespace]:
-    """The network of a checkpoint, its tasks, and those of its flags that shape it.
+def load_run(path: str | Path,
+             weights: str | None = None) -> tuple[nn.Module, list, argparse.Namespace]:
+    """The network of a run's folder (its best.pt) or of a checkpoint, its tasks, and those of its
+    flags that shape it.
 
     weights: where the backbone's are now. Raises ValueError.
     """
+    path = Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
     state = read_checkpoint(path)
     with reading(path, "a checkpoint of train.py"):
         older = {"without": [], "frozen": [], "fused": FUSED}  # flags that older runs lack

@@ -34,7 +34,7 @@ from torch.utils.data import Dataset
 import train
 from data import open_dataset
 from grouping import build_tree, name_tree
-from recipes import parse_arguments, read_results
+from flags import parse_arguments, read_results
 from tasks import delta_m
 from util.checkpoint import write_json
 from util.report import (collect_runs, draw_gains, find_baseline, format_runs, interval,

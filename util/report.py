@@ -20,7 +20,7 @@ from torchvision.utils import make_grid, save_image
 from bdta import Router
 from data import ToDevice, collate, warp
 from datasets.labels import read_image
-from recipes import read_results
+from flags import read_results
 from tasks import delta_m, make_tasks
 from util.run import reading
 
