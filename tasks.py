@@ -298,7 +298,7 @@ def make_tasks(names: list[str], classes: int | None) -> list:
     """The tasks called `names`, in that order; classes: of the dataset's semseg."""
     for name in names:
         if name not in TASKS:
-            raise ValueError(f"unknown task {name!r}; expected, of tasks.TASKS, {', '.join(TASKS)}")
+            raise ValueError(f"unknown task {name!r} (README, Your own task); expected {', '.join(TASKS)}")
     if not names or len(set(names)) != len(names):
         raise ValueError(f"tasks {','.join(names)!r}: expected each at most once, and at least one")
     tasks = [copy(TASKS[name]) for name in names]
