@@ -47,7 +47,8 @@ def open_dataset(config, split: str) -> Dataset:
         raise ValueError(f"unknown dataset {config.dataset!r}; expected one of "
                          f"{', '.join(DATASETS)}, or one that was put into data.DATASETS")
     tasks = make_tasks(config.tasks, CLASSES.get(config.dataset))
-    dataset = Checked(config.dataset, DATASETS[config.dataset](config, split), tasks)
+    dataset = DATASETS[config.dataset](config, split)
+    dataset = Checked(f"{config.dataset} {split}", dataset, tasks)
     if not len(dataset):
         raise ValueError(f"{config.dataset}: no image for {split} under {config.data_root}")
     return InMemory(dataset) if config.cache else dataset

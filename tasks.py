@@ -14,12 +14,12 @@ classes      (H, W) integers below `classes`, or 255
 values       (channels, H, W) floats, as of the next two; a warp moves them
 distances    from the camera, as depth in metres; a zoom divides them, as walking closer would
 directions   as normals, x right, y down, z to the camera; x and y turn and flip with the picture
-Shapes in losses and metrics, B batch, H W pixels: labels (B, H, W) int64 or (B, channels, H, W),
-`valid` of them (B, H, W) or (B, 1, H, W), predictions (B, outputs, H, W).
+Of a batch, labels are (B, H, W) int64 or (B, channels, H, W), predictions (B, outputs, H, W).
 References: arXiv 2509.19602, sections 4.2, 4.3 and eq. 7; MTLoRA, arXiv 2403.20320, section 4.1.
 """
 
 import math
+from copy import copy
 
 import torch
 import torch.nn.functional as F
@@ -290,24 +290,24 @@ def nan_if(mask: Tensor) -> Tensor:
     return torch.where(mask.any(), math.nan, 0.0).double()
 
 
-TASKS = {task.name: task for task in (  # a task of one's own is one more
-    Segmentation("semseg", None, 1.0), Segmentation("human_parts", 7, 2.0), Saliency(), Edge(),
-    Depth(), Normals())}
+TASKS = {task.name: task for task in (Saliency(), Edge(), Depth(), Normals(), Segmentation(
+    "semseg", None, 1.0), Segmentation("human_parts", 7, 2.0))}
 
 
 def make_tasks(names: list[str], classes: int | None) -> list:
     """The tasks called `names`, in that order; classes: of the dataset's semseg."""
     for name in names:
         if name not in TASKS:
-            raise ValueError(f"unknown task {name!r}; expected some of {', '.join(TASKS)}, or one "
-                             "of your own, put into tasks.TASKS")
+            raise ValueError(f"unknown task {name!r} (README, Your own task); expected {', '.join(TASKS)}")
     if not names or len(set(names)) != len(names):
         raise ValueError(f"tasks {','.join(names)!r}: expected each at most once, and at least one")
-    tasks = [TASKS[name] for name in names]
-    if not (classes or all(task.outputs for task in tasks)):
-        raise ValueError("semseg: how many classes? Put it into data.CLASSES, as of rooms")
-    return [task if task.outputs else Segmentation(task.name, classes, task.weight)
-            for task in tasks]
+    tasks = [copy(TASKS[name]) for name in names]
+    for task in tasks:
+        if task.outputs is None:
+            if classes is None:
+                raise ValueError(f"{task.name}: how many classes? Put it into data.CLASSES")
+            task.classes = task.outputs = classes
+    return tasks
 
 
 def delta_m(results: dict, baseline: dict) -> float:

@@ -17,7 +17,7 @@ from torchvision.ops import StochasticDepth
 import model as model_py
 import similarity as similarity_py
 import train
-from data import CLASSES, MEAN, STD, Rooms, collate, open_dataset, warp
+from data import CLASSES, MEAN, STD, Checked, collate, open_dataset, warp
 from datasets.labels import read_image
 from grouping import build_tree
 from model import build
@@ -314,7 +314,7 @@ def test_flags_of_data_and_augmentation_arrive(seen):
     --rotate."""
     assert {len(a.dataset) for a in seen.loaders} == {7, 1}
     assert {a.workers for a in seen.loaders} == {3}
-    assert {type(a.dataset) for a in seen.loaders} == {Rooms}  # not in memory
+    assert {type(a.dataset) for a in seen.loaders} == {Checked}  # not in memory
     for a in seen.steps:
         assert [task.name for task in a.tasks] == ["normals", "depth", "semseg"]
         assert a.image.shape == (2, 3, 32, 40)
@@ -384,7 +384,7 @@ def test_data_root_and_download_arrive(monkeypatch):
     """--data-root and --download, to whoever unpacks and downloads."""
     asked = []
     monkeypatch.setattr("data.find_dataset", lambda *a: asked.append(a))
-    monkeypatch.setattr("data.Files", lambda *a: [])
+    monkeypatch.setattr("data.Files", lambda *a: [None])
     open_dataset(train.parse_arguments(["--dataset", "nyud", "--data-root", "there",
                                         "--download"]), "train")
     assert asked == [("nyud", "there", True)]
