@@ -211,10 +211,12 @@ def read_weights(source: str, name: str) -> dict[str, Tensor]:
     how = dict(map_location="cpu", weights_only=True)
     if source == "imagenet":
         try:
-            return torch.hub.load_state_dict_from_url(OFFICIAL_URL.format(name=name), **how)
+            url = OFFICIAL_URL.format(name=name)
+            torch.hub.load_state_dict_from_url(url, **how)
         except (OSError, RuntimeError) as error:  # no connection, or what came is no checkpoint
             raise ValueError(f"weights: cannot download {source}'s for {name}: {error}; fetch the "
                              "file by hand and give its path (README, Data)") from error
+        source = f"{torch.hub.get_dir()}/checkpoints/{Path(url).name}"  # where it is now
     places = (Path(source), Path(__file__).parent / "assets" / source)
     path = next((p for p in places if p.is_file()), None)
     if path is None:
@@ -223,6 +225,8 @@ def read_weights(source: str, name: str) -> dict[str, Tensor]:
     try:
         if zipfile.is_zipfile(path) and (broken := zipfile.ZipFile(path).testzip()):
             raise ValueError(f"checksum of {broken}")  # torch.load does not compare it
+        if not zipfile.is_zipfile(path):
+            print(f"note: {path} is of a format without checksums: damage would go unnoticed")
         return torch.load(path, **how)
     except Exception as error:  # torch.load documents no exception types for a damaged file
         raise ValueError(f"weights: {source} is not a readable PyTorch checkpoint, or is damaged "

@@ -17,6 +17,7 @@ References: arXiv 2103.14030; https://github.com/microsoft/Swin-Transformer (nam
 import re
 import zipfile
 from functools import lru_cache
+from hashlib import sha384
 from itertools import islice
 from pathlib import Path
 
@@ -32,9 +33,11 @@ PRESETS = {
     "small": dict(embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24)),
     "base": dict(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)),
 }
-# ImageNet-1k files at 224x224. Microsoft publishes no checksum; torchvision's is in the file name.
+# ImageNet-1k files at 224x224. torchvision's have a checksum in their names, Microsoft's none.
 OFFICIAL_URL = ("https://github.com/SwinTransformer/storage/releases/download/v1.0.0/"
                 "swin_{name}_patch4_window7_224.pth")
+# How that of a file begins; Intel's Open Model Zoo, which mirrors it, publishes it (docs/DATA.md).
+SHA384 = {"swin_tiny_patch4_window7_224.pth": "210021216e1f205617d885836b1ac59d725b8c41dbff8dc4"}
 TORCHVISION_NAME = {"tiny": "Swin_T_Weights", "small": "Swin_S_Weights", "base": "Swin_B_Weights"}
 
 
@@ -263,17 +266,16 @@ def official_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_weights(source: str, name: str) -> dict[str, Tensor]:
-    """Weights of preset `name` from "imagenet", "torchvision" (both cached) or a file.
-
-    A relative path is looked for in the current folder, then in assets/ beside this file.
-    """
+    """Weights of preset `name`: "imagenet", "torchvision" (cached) or a file, also of assets/."""
     if source in ("imagenet", "torchvision") and name not in TORCHVISION_NAME:
         raise ValueError(f"weights: there are none from {source} for backbone {name}")
     how = dict(map_location="cpu", weights_only=True)
     try:
         if source == "imagenet":
-            return torch.hub.load_state_dict_from_url(OFFICIAL_URL.format(name=name), **how)
-        if source == "torchvision":
+            url = OFFICIAL_URL.format(name=name)
+            torch.hub.load_state_dict_from_url(url, **how)
+            source = f"{torch.hub.get_dir()}/checkpoints/{Path(url).name}"  # where it is now
+        elif source == "torchvision":
             weights = get_weight(f"{TORCHVISION_NAME[name]}.IMAGENET1K_V1")
             return weights.get_state_dict(check_hash=True, **how)
     except (OSError, RuntimeError) as error:  # no connection, or a wrong checksum
@@ -285,9 +287,16 @@ def read_weights(source: str, name: str) -> dict[str, Tensor]:
         raise ValueError(f"weights: no file {source}; expected imagenet, torchvision, or the path "
                          "of a Swin checkpoint")
     try:
-        if zipfile.is_zipfile(path) and (broken := zipfile.ZipFile(path).testzip()):
-            raise ValueError(f"checksum of {broken}")  # torch.load does not compare it
-        return torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path):  # torch.load does not compare its checksums
+            broken = zipfile.ZipFile(path).testzip()
+        else:  # the format before PyTorch 1.6 has none
+            known = SHA384.get(path.name, "")
+            broken = not sha384(path.read_bytes()).hexdigest().startswith(known)
+            if not known:
+                print(f"note: {path} is of a format without checksums: damage would go unnoticed")
+        if broken:
+            raise ValueError("checksum")
+        return torch.load(path, **how)
     except Exception as error:  # torch.load documents no exception types for a damaged file
         raise ValueError(f"weights: {source} is not a readable PyTorch checkpoint, or is damaged "
                          f"({type(error).__name__})") from error
@@ -317,6 +326,5 @@ def load_weights(swin: SwinTransformer, source: str, name: str = "tiny") -> dict
             f"{len(names)} {kind}: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
             for kind, names in problems.items() if names))
     swin.load_state_dict(state)
-    report = {"source": source, "matched": len(state), "total": len(own)}
     print(f"backbone weights: {len(state)} of {len(own)} tensors matched, from {source}")
-    return report
+    return {"source": source, "matched": len(state), "total": len(own)}

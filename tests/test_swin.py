@@ -1,5 +1,6 @@
 """swin.py against torchvision's Swin, and its loading of published weight layouts."""
 
+import hashlib
 import http.server
 import threading
 
@@ -8,7 +9,7 @@ import torch
 import torchvision
 
 import swin
-from swin import PRESETS, build_swin, load_weights
+from swin import PRESETS, SHA384, build_swin, load_weights
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +122,25 @@ def test_incomplete_weights_are_refused_by_name(official, tmp_path, change, mess
     with pytest.raises(ValueError, match=message):
         load_weights(model, str(path))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_files_without_checksums_are_compared_or_named(official, tmp_path, monkeypatch, capsys):
+    """The format before PyTorch 1.6: a file of the official name has its hash, or a flipped bit has
+    it refused; of any other a note says that damage would not be seen."""
+    path = tmp_path / "swin_tiny_patch4_window7_224.pth"
+    torch.save({"model": official}, path, _use_new_zipfile_serialization=False)
+    digest = hashlib.sha384(path.read_bytes()).hexdigest()
+    monkeypatch.setattr(swin, "SHA384", {path.name: digest[:48]})
+    load_weights(build_swin(), str(path))
+    assert "note" not in capsys.readouterr().out
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(ValueError, match="or is damaged"):
+        load_weights(build_swin(), str(path))
+    load_weights(build_swin(), str(path.rename(tmp_path / "other.pth")))
+    assert "other.pth is of a format without checksums" in capsys.readouterr().out
+    assert SHA384 == {path.name: "210021216e1f205617d885836b1ac59d725b8c41dbff8dc4"}
 
 
 def test_imagenet_is_downloaded_once_and_cached(official, tmp_path, monkeypatch):
