@@ -16,12 +16,14 @@ References: arXiv 2509.19602, sections 4.2, 4.3 and eq. 7; MTLoRA, arXiv 2403.20
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = 255
+PARTS = ("background", "head", "torso", "upper arms", "lower arms", "upper legs", "lower legs")
 
 
 class Segmentation:
@@ -29,8 +31,10 @@ class Segmentation:
 
     metric, higher_is_better = "mIoU", True
 
-    def __init__(self, name: str, classes: int, weight: float):
-        self.name, self.outputs, self.weight = name, classes, weight
+    def __init__(self, name: str, classes: int | Sequence[str], weight: float):
+        names = map(str, range(classes)) if isinstance(classes, int) else classes
+        self.name, self.weight, self.classes = name, weight, tuple(names)
+        self.outputs = len(self.classes)
 
     def valid(self, label: Tensor) -> Tensor:
         return label != IGNORE  # (B, H, W)
@@ -190,6 +194,7 @@ class Depth:
 
     name, weight, metric, higher_is_better = "depth", 1.0, "rmse", False
     outputs = 1
+    marks = (1, 2, 3, 4, 6, 8, 10)  # metres, whose colours a legend shows
 
     def valid(self, label: Tensor) -> Tensor:
         return label > 0  # (B, 1, H, W)
@@ -286,10 +291,10 @@ def nan_if(mask: Tensor) -> Tensor:
     return torch.where(mask.any(), math.nan, 0.0).double()
 
 
-def make_tasks(names: list[str], classes: int) -> list:
-    """Task objects for `names`, in that order; classes: of the dataset's semseg."""
+def make_tasks(names: list[str], classes: int | Sequence[str]) -> list:
+    """Task objects for `names`, in that order; classes: the dataset's of semseg, or how many."""
     known = {"semseg": lambda: Segmentation("semseg", classes, 1.0),
-             "human_parts": lambda: Segmentation("human_parts", 7, 2.0),
+             "human_parts": lambda: Segmentation("human_parts", PARTS, 2.0),
              "sal": Saliency, "edge": Edge, "depth": Depth, "normals": Normals}
     for name in names:
         if name not in known:

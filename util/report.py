@@ -8,13 +8,14 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
+from itertools import chain, count
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw  # comes with torchvision
+from PIL import Image, ImageDraw, ImageFont  # come with torchvision
 from torch import Tensor, nn
-from torchvision.utils import make_grid, save_image
+from torchvision.transforms.functional import to_pil_image
 
 from bdta import Router
 from data import ToDevice, collate, warp
@@ -75,9 +76,40 @@ def format_gates(names: list[str], stages: list[list[list[float]]]) -> str:
 
 
 # --- pictures -------------------------------------------------------------------------------------
-def draw(path: Path, rows: list[list[Tensor]]) -> None:
-    """Write a PNG of rows of equally large pictures."""
-    save_image(make_grid([p.cpu().float() for row in rows for p in row], nrow=len(rows[0])), path)
+def legend(task) -> list[tuple[str, Tensor]]:
+    """What a task's colours mean: captions, each with its colour (3,); none where they say it."""
+    if hasattr(task, "classes"):
+        return list(zip(task.classes, task.colours(torch.arange(task.outputs)[None])[:, 0].T))
+    marks = getattr(task, "marks", ())
+    return [(f"{mark} m", task.colours(torch.full((1, 1, 1), mark))[:, 0, 0]) for mark in marks]
+
+
+def draw(path: Path, titles: list[str], rows: list[list[Tensor]], tasks: list) -> None:
+    """Write a PNG: equally large pictures, a title above each column, the tasks' legends below."""
+    height, width = rows[0][0].shape[1:]
+    font = ImageFont.load_default(max(11, width // 24))
+    line = round(1.5 * font.size)
+    column = 2 + max(width, *(round(font.getlength(title)) for title in titles))
+    right, y, words = column * len(titles), line + (height + 2) * len(rows), []
+    for task in tasks:
+        x, entries = right, [(f"{task.name}:", torch.ones(3)), *legend(task)]
+        for text, colour in entries if len(entries) > 1 else ():
+            end = x + 2 * line + font.getlength(text)
+            if end > right:  # a new line, under the task's name
+                x, y, end = 0, y + line, 2 * line + font.getlength(text)
+            words.append((x, y, text, tuple((colour * 255).int().tolist())))
+            x = end
+    picture = Image.new("RGB", (right, y + line), "white")
+    pen = ImageDraw.Draw(picture)
+    for i, title in enumerate(titles):
+        pen.text((i * column, 0), title, "black", font)
+        for j, row in enumerate(rows):
+            picture.paste(to_pil_image(row[i].cpu().float().clamp(0, 1)),
+                          (i * column, line + j * (height + 2)))
+    for x, y, text, colour in words:
+        pen.rectangle((x, y, x + font.size, y + font.size), colour)
+        pen.text((x + line, y), text, "black", font)
+    picture.save(path)
 
 
 @torch.no_grad()
@@ -85,6 +117,7 @@ def draw_samples(path: Path, predict, tasks: list, dataset, size: tuple[int, int
                  device: torch.device, count: int = 4) -> None:
     """Image | truth, prediction of each task | ..., for the first samples of `dataset`."""
     rows = []
+    titles = ["image", *(f"{t.name}: {what}" for t in tasks for what in ("true", "found"))]
     for i in range(min(count, len(dataset))):
         batch = next(iter(ToDevice([collate([dataset[i]])], device)))
         image, labels = warp(batch, size)
@@ -95,28 +128,39 @@ def draw_samples(path: Path, predict, tasks: list, dataset, size: tuple[int, int
             row.append(task.colours(labels[task.name][0]))
             row.append(task.colours(predictions[task.name][0]))
         rows.append(row)
-    draw(path, rows)
+    draw(path, titles, rows, tasks)
 
 
-@torch.no_grad()
 def draw_photos(photos: list[Path], folder: Path, predict, tasks: list,
                 size: tuple[int, int] | None, device: torch.device) -> list[Path]:
     """Draw each photo and every task's prediction, side by side at the photo's size, to
-    folder/NAME.predicted.png. Raises ValueError where two would have one name."""
-    paths = [folder / f"{photo.stem}.predicted.png" for photo in photos]
-    if len(set(paths)) < len(paths):
-        raise ValueError("--image: two photos have the same name, and so would their pictures; "
-                         "give them one at a time, or rename one")
-    for photo, path in zip(photos, paths):
-        batch = collate([{"image": torch.from_numpy(read_image(photo)).permute(2, 0, 1)}])
-        own_size = batch["size"][0].tolist()
-        image, _ = warp(next(iter(ToDevice([batch], device))), size or own_size)
-        predictions, row = predict(image), [batch["image"][0] / 255]
-        for task in tasks:
-            pred = F.interpolate(predictions[task.name].float(), own_size, mode="bilinear")
-            row.append(task.colours(pred[0]))
-        draw(path, [row])
+    folder/NAME.predicted.png; NAME.predicted-2.png where that exists. What is wrong with a photo
+    does not stop the others: in the end ValueError says it, and what was written."""
+    errors, paths = [], []
+    for photo in photos:
+        try:
+            paths.append(draw_photo(photo, folder, predict, tasks, size, device))
+        except (ValueError, OSError) as error:
+            errors.append(str(error))
+    if errors:
+        raise ValueError("; ".join(errors + [f"wrote {path}" for path in paths]))
     return paths
+
+
+@torch.no_grad()
+def draw_photo(photo: Path, folder: Path, predict, tasks: list, size: tuple[int, int] | None,
+               device: torch.device) -> Path:
+    batch = collate([{"image": torch.from_numpy(read_image(photo, photo=True)).permute(2, 0, 1)}])
+    own_size = batch["size"][0].tolist()
+    image, _ = warp(next(iter(ToDevice([batch], device))), size or own_size)
+    predictions, row = predict(image), [batch["image"][0] / 255]
+    for task in tasks:
+        pred = F.interpolate(predictions[task.name].float(), own_size, mode="bilinear")
+        row.append(task.colours(pred[0]))
+    names = (f"{photo.stem}.predicted{n}.png" for n in chain([""], count(-2, -1)))
+    path = next(folder / name for name in names if not (folder / name).exists())
+    draw(path, ["image", *(task.name for task in tasks)], [row], tasks)
+    return path
 
 
 # --- curves ---------------------------------------------------------------------------------------
