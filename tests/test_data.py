@@ -337,6 +337,10 @@ def truncate_image(root):
 @pytest.mark.parametrize("damage, message", [
     (lambda root: (root / "depth/433.npy").unlink(), "no file depth/433.npy"),
     (lambda root: shutil.rmtree(root / "gt_sets"), "gt_sets/train.txt"),
+    (lambda root: np.save(root / "normals/433.npy", 2 * np.load(root / "normals/433.npy")),
+     "433.npy has normals of median length 2.00, expected 1"),
+    (lambda root: Image.new("RGB", (640, 1)).save(root / "images/433.jpg"),
+     "433.jpg: it is 640x1 pixels"),
     (truncate_image, "cannot read image .*433.jpg: .*truncated"),
     (break_label_shape, r"depth/433.npy has shape \(7, 9, 1\), expected \(480, 640, 1\)"),
     (lambda root: (root / "normals/433.npy").write_bytes(b"\x93NUMPY"), "cannot read .*433.npy"),
