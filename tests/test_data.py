@@ -492,6 +492,16 @@ def test_bad_lists_of_images_are_named(nyud_folder, content, message):
         NYUD(nyud_folder)
 
 
+@pytest.mark.parametrize("value", [-5, 3.5, np.nan, 300])
+def test_classes_that_no_class_can_be_are_refused(tmp_path, value):
+    """A TIFF by content holds negative numbers and fractions, whatever its name says."""
+    Image.fromarray(np.full((8, 8), value, np.float32)).save(tmp_path / "a.tiff")
+    (tmp_path / "a.tiff").rename(tmp_path / "a.png")
+    for read in (labels.read_nyud_classes, labels.read_voc_classes):
+        with pytest.raises(ValueError, match=f"a.png holds class {float(value)}, expected 0"):
+            read(tmp_path / "a.png")
+
+
 @pytest.mark.parametrize("length", [0.04, 0.5, 1.8, 2, 255])
 def test_normals_of_another_length_are_refused(tmp_path, length):
     """Whichever it is, with invalid pixels or without; a few are allowed, and left out."""
