@@ -25,7 +25,7 @@ from util.run import progress
 
 KINDS = ("classes", "values", "distances", "directions")  # of tasks: see tasks.py
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as the backbone expects
-CLASSES = {name: len(names) for name, names in {"rooms": ROOM_CLASSES, **SEMSEG}.items()}
+CLASSES = {"rooms": ROOM_CLASSES, **SEMSEG}  # of semseg, by name
 
 
 def open_rooms(config, split: str) -> Dataset:

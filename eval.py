@@ -26,7 +26,8 @@ import cost
 from data import ToDevice, loader, open_dataset, warp
 from tools.export import export_backbone, export_merged, load_run
 from util.checkpoint import to_json
-from util.report import draw_photos, format_gates, format_table, watch_gates
+from util.draw import draw_photos
+from util.report import format_gates, format_table, watch_gates
 from util.run import amp_dtype, one_line_errors, pick_device
 
 Predict = Callable[[Tensor], dict[str, Tensor]]  # image (B, 3, H, W) -> {task: prediction}

@@ -4,10 +4,9 @@ A label says itself which of its pixels are valid: a class of 255 is ignored, a 
 normal of (0, 0, 0) do not exist in the world and mean "not measured". Losses and metrics look at
 valid pixels only. Metrics are sums: `sums(pred, label)` of any batches add up, and `metrics(sums)`
 divides once at the end, so that they do not depend on how a set was cut into batches. Without any
-valid pixel, and where any prediction is NaN, a task's metrics are NaN.
-
-A loss is a mean over the valid pixels of a batch. Where the batch is computed in parts, `totals` of
-the whole of it, passed to each part's `loss`, make the parts' losses add up to the batch's.
+valid pixel, and where any prediction is NaN, a task's metrics are NaN. A loss is a mean over the
+valid pixels of a batch. Where the batch is computed in parts, `totals` of the whole of it, passed
+to each part's `loss`, make the parts' losses add up to the batch's.
 
 A task's `kind` says how data.py checks and warps its labels; with it go `classes` or `channels`:
 classes      (H, W) integers below `classes`, or 255
@@ -19,6 +18,7 @@ References: arXiv 2509.19602, sections 4.2, 4.3 and eq. 7; MTLoRA, arXiv 2403.20
 """
 
 import math
+from collections.abc import Sequence
 from copy import copy
 
 import torch
@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = 255
+PARTS = ("background", "head", "torso", "upper arms", "lower arms", "upper legs", "lower legs")
 
 
 class Segmentation:
@@ -33,8 +34,11 @@ class Segmentation:
 
     kind, metric, higher_is_better = "classes", "mIoU", True
 
-    def __init__(self, name: str, classes: int | None, weight: float):
-        self.name, self.classes, self.outputs, self.weight = name, classes, classes, weight
+    def __init__(self, name: str, classes: int | Sequence[str] | None, weight: float):
+        self.name, self.classes, self.weight, self.names = name, classes, weight, ()
+        if classes and not isinstance(classes, int):
+            self.names, self.classes = tuple(classes), len(classes)
+        self.outputs = self.classes
 
     def valid(self, label: Tensor) -> Tensor:
         return label != IGNORE  # (B, H, W)
@@ -194,6 +198,7 @@ class Depth:
 
     name, weight, metric, higher_is_better = "depth", 1.0, "rmse", False
     kind, channels, outputs = "distances", 1, 1
+    marks = (1, 2, 3, 4, 6, 8, 10)  # metres, whose colours a legend shows
 
     def valid(self, label: Tensor) -> Tensor:
         return label > 0  # (B, 1, H, W)
@@ -291,23 +296,21 @@ def nan_if(mask: Tensor) -> Tensor:
 
 
 TASKS = {task.name: task for task in (Saliency(), Edge(), Depth(), Normals(), Segmentation(
-    "semseg", None, 1.0), Segmentation("human_parts", 7, 2.0))}
+    "semseg", None, 1.0), Segmentation("human_parts", PARTS, 2.0))}
 
 
-def make_tasks(names: list[str], classes: int | None) -> list:
-    """The tasks called `names`, in that order; classes: of the dataset's semseg."""
+def make_tasks(names: list[str], classes: int | Sequence[str] | None) -> list:
+    """The tasks called `names`, in that order; classes: the dataset's of semseg, or how many."""
     for name in names:
         if name not in TASKS:
-            raise ValueError(f"unknown task {name!r} (README, Your own task); expected {', '.join(TASKS)}")
+            raise ValueError(f"unknown task {name!r} (README, Your own task); expected some of "
+                             f"{', '.join(TASKS)}")
     if not names or len(set(names)) != len(names):
         raise ValueError(f"tasks {','.join(names)!r}: expected each at most once, and at least one")
-    tasks = [copy(TASKS[name]) for name in names]
-    for task in tasks:
-        if task.outputs is None:
-            if classes is None:
-                raise ValueError(f"{task.name}: how many classes? Put it into data.CLASSES")
-            task.classes = task.outputs = classes
-    return tasks
+    if classes is None and any(TASKS[name].outputs is None for name in names):
+        raise ValueError("semseg: how many classes? Put it into data.CLASSES")
+    return [copy(task) if task.outputs else Segmentation(task.name, classes, task.weight)
+            for task in map(TASKS.get, names)]
 
 
 def delta_m(results: dict, baseline: dict) -> float:

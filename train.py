@@ -35,8 +35,9 @@ from tasks import delta_m, make_tasks
 from util.checkpoint import (VERSIONS, check_out, check_space, fingerprint, load_optimizer,
                              load_trained, lock, open_log, read_checkpoint, save, to_json,
                              trained_state, write_json)
+from util.draw import draw_curves, draw_samples
 from util.parallel import Team
-from util.report import draw_curves, draw_samples, format_line, format_table
+from util.report import format_line, format_table
 from util.run import (LossMeter, amp_dtype, one_line_errors, pick_device, progress, reading,
                       stop_signals)
 

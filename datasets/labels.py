@@ -105,16 +105,18 @@ def read_ids(path: Path) -> list[str]:
 def read_nyud_classes(path: Path) -> np.ndarray:
     """0 is void, 1..40 the classes -> 255, 0..39."""
     label = read_image(path, None)
-    if label.max() > len(SEMSEG["nyud"]):
-        raise ValueError(f"{path} holds class {label.max()}, expected 0 (void) to 40")
+    wrong = label[~np.isin(label, range(len(SEMSEG["nyud"]) + 1))]
+    if wrong.size:
+        raise ValueError(f"{path} holds class {wrong[0]}, expected 0 (void) to 40")
     return label.astype(np.uint8) - 1  # 0 wraps round to 255
 
 
 def read_voc_classes(path: Path) -> np.ndarray:
     """0 is background, 1..20 the objects, 255 ignored."""
     label = read_image(path, None)
-    if ((label >= len(SEMSEG["pascal"])) & (label != 255)).any():
-        raise ValueError(f"{path} holds class {label[label != 255].max()}, expected 0 to 20 or 255")
+    wrong = label[~np.isin(label, [*range(len(SEMSEG["pascal"])), 255])]
+    if wrong.size:
+        raise ValueError(f"{path} holds class {wrong[0]}, expected 0 to 20 or 255")
     return label.astype(np.uint8)
 
 

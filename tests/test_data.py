@@ -430,6 +430,10 @@ def truncate_image(root):
 @pytest.mark.parametrize("damage, message", [
     (lambda root: (root / "depth/433.npy").unlink(), "no file depth/433.npy"),
     (lambda root: shutil.rmtree(root / "gt_sets"), "gt_sets/train.txt"),
+    (lambda root: np.save(root / "normals/433.npy", 2 * np.load(root / "normals/433.npy")),
+     "433.npy has normals of median length 2.00, expected 1"),
+    (lambda root: Image.new("RGB", (640, 1)).save(root / "images/433.jpg"),
+     "433.jpg: it is 640x1 pixels"),
     (truncate_image, "cannot read image .*433.jpg: .*truncated"),
     (break_label_shape, r"depth/433.npy has shape \(7, 9, 1\), expected \(480, 640, 1\)"),
     (lambda root: (root / "normals/433.npy").write_bytes(b"\x93NUMPY"), "cannot read .*433.npy"),
@@ -579,6 +583,16 @@ def test_bad_lists_of_images_are_named(nyud_folder, content, message):
     listing.write_bytes(content)
     with pytest.raises(ValueError, match=message):
         NYUD(nyud_folder)
+
+
+@pytest.mark.parametrize("value", [-5, 3.5, np.nan, 300])
+def test_classes_that_no_class_can_be_are_refused(tmp_path, value):
+    """A TIFF by content holds negative numbers and fractions, whatever its name says."""
+    Image.fromarray(np.full((8, 8), value, np.float32)).save(tmp_path / "a.tiff")
+    (tmp_path / "a.tiff").rename(tmp_path / "a.png")
+    for read in (labels.read_nyud_classes, labels.read_voc_classes):
+        with pytest.raises(ValueError, match=f"a.png holds class {float(value)}, expected 0"):
+            read(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("length", [0.04, 0.5, 1.8, 2, 255])

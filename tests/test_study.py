@@ -16,7 +16,8 @@ from PIL import Image
 
 from tasks import delta_m
 from tools import study
-from util.report import draw_gains, interval, mean_results
+from util.draw import draw_gains
+from util.report import interval, mean_results
 
 
 def write_run(folder, seed, dataset="rooms", **results):

@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data-root", default="data", help="folder of the dataset, or its archive")
     args = parser.parse_args(argv)
     kinds = [kind for kind in LAYOUTS[args.dataset]["files"] if kind != "image"]
-    tasks = make_tasks(kinds, len(SEMSEG[args.dataset]))
+    tasks = make_tasks(kinds, SEMSEG[args.dataset])
     with one_line_errors():
         root = find_dataset(args.dataset, args.data_root)
         wrong, train_text, train_ids = check_split(args.dataset, root, "train", tasks)

@@ -33,12 +33,12 @@ from torch.utils.data import Dataset
 
 import train
 from data import open_dataset
-from grouping import build_tree, name_tree
 from flags import parse_arguments, read_results
+from grouping import build_tree, name_tree
 from tasks import delta_m
 from util.checkpoint import write_json
-from util.report import (collect_runs, draw_gains, find_baseline, format_runs, interval,
-                         mean_results)
+from util.draw import draw_gains
+from util.report import collect_runs, find_baseline, format_runs, interval, mean_results
 from util.run import one_line_errors, progress, reading
 
 # --- what is asked, fixed before the reported seeds were run --------------------------------------

@@ -1,25 +1,16 @@
-"""What a run shows: its table, predictions beside the truth, a photo's predictions, curves; and
-what runs show beside one another: means, intervals, delta-m.
-
-A picture is a tensor (3, H, W) in 0..1; a task says itself which colours its values have.
+"""What a run says: its table, its gates; and what runs say beside one another: means, intervals,
+delta-m. Pictures are in draw.py.
 """
 
-import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from PIL import Image, ImageDraw  # comes with torchvision
 from torch import Tensor, nn
-from torchvision.utils import make_grid, save_image
 
 from bdta import Router
-from data import ToDevice, collate, warp
-from datasets.labels import read_image
 from flags import read_results
 from tasks import delta_m, make_tasks
 from util.run import reading
@@ -79,96 +70,6 @@ def format_gates(names: list[str], stages: list[list[list[float]]]) -> str:
         rows += [f"{name:<13}" + "".join(f"{gate:>13.4f}" for gate in row)
                  for name, row in zip(names, gates)]
     return "".join(f"\n{row}" for row in rows)
-
-
-# --- pictures -------------------------------------------------------------------------------------
-def draw(path: Path, rows: list[list[Tensor]]) -> None:
-    """Write a PNG of rows of equally large pictures."""
-    save_image(make_grid([p.cpu().float() for row in rows for p in row], nrow=len(rows[0])), path)
-
-
-@torch.no_grad()
-def draw_samples(path: Path, predict, tasks: list, dataset, size: tuple[int, int],
-                 device: torch.device, count: int = 4) -> None:
-    """Image | truth, prediction of each task | ..., for the first samples of `dataset`."""
-    rows = []
-    for i in range(min(count, len(dataset))):
-        batch = next(iter(ToDevice([collate([dataset[i]])], device)))
-        image, labels = warp(batch, size)
-        predictions = predict(image)
-        photo = F.interpolate(batch["image"].float() / 255, size, mode="bilinear", antialias=True)
-        row = [photo[0]]
-        for task in tasks:
-            row.append(task.colours(labels[task.name][0]))
-            row.append(task.colours(predictions[task.name][0]))
-        rows.append(row)
-    draw(path, rows)
-
-
-@torch.no_grad()
-def draw_photos(photos: list[Path], folder: Path, predict, tasks: list,
-                size: tuple[int, int] | None, device: torch.device) -> list[Path]:
-    """Draw each photo and every task's prediction, side by side at the photo's size, to
-    folder/NAME.predicted.png. Raises ValueError where two would have one name."""
-    paths = [folder / f"{photo.stem}.predicted.png" for photo in photos]
-    if len(set(paths)) < len(paths):
-        raise ValueError("--image: two photos have the same name, and so would their pictures; "
-                         "give them one at a time, or rename one")
-    for photo, path in zip(photos, paths):
-        batch = collate([{"image": torch.from_numpy(read_image(photo)).permute(2, 0, 1)}])
-        own_size = batch["size"][0].tolist()
-        image, _ = warp(next(iter(ToDevice([batch], device))), size or own_size)
-        predictions, row = predict(image), [batch["image"][0] / 255]
-        for task in tasks:
-            pred = F.interpolate(predictions[task.name].float(), own_size, mode="bilinear")
-            row.append(task.colours(pred[0]))
-        draw(path, [row])
-    return paths
-
-
-# --- curves ---------------------------------------------------------------------------------------
-PANEL = 260, 170  # width and height of one plot, pixels
-MARGIN = 42       # around it, for its title and its numbers
-
-
-def draw_curves(path: Path, log: Path, tasks: list) -> None:
-    """Write a PNG: a column for each task, its training loss above its metric, over the steps."""
-    width, height = (side + 2 * MARGIN for side in PANEL)
-    picture = Image.new("RGB", (len(tasks) * width, 2 * height), "white")
-    pen = ImageDraw.Draw(picture)
-    with reading(log, "a log of train.py"):
-        lines = [json.loads(line) for line in log.read_text().splitlines()]
-        for column, task in enumerate(tasks):
-            losses = [(x["step"], x["loss"][task.name]) for x in lines if "lr" in x]
-            plot(pen, column * width, 0, f"{task.name}: training loss", losses)
-            values = [(x["step"], x["results"][task.name][task.metric]) for x in lines
-                      if "results" in x]
-            plot(pen, column * width, height, f"{task.name}: {task.metric}, "
-                 f"{'up' if task.higher_is_better else 'down'} is better", values)
-    picture.save(path)
-
-
-def plot(pen: ImageDraw.ImageDraw, left: int, top: int, title: str,
-         points: list[tuple[float, float]]) -> None:
-    """One curve in a frame, with the numbers of its ends on both axes."""
-    left, top = left + MARGIN, top + MARGIN
-    right, bottom = left + PANEL[0], top + PANEL[1]
-    pen.text((left, top - 24), title, fill="black")
-    pen.rectangle((left, top, right, bottom), outline="silver")
-    points = [(x, y) for x, y in points if y is not None and math.isfinite(y)]
-    if not points:
-        return
-    xs, ys = zip(*points)
-    low, high = min(ys), max(ys)
-    shown = [(left + PANEL[0] * x / max(xs), bottom - PANEL[1] * (y - low) / ((high - low) or 1))
-             for x, y in points]
-    pen.line(shown, fill="royalblue", width=2)
-    for x, y in shown if len(shown) < 30 else ():
-        pen.ellipse((x - 2, y - 2, x + 2, y + 2), fill="royalblue")
-    pen.text((left - 4, top), f"{high:.3g}", fill="gray", anchor="ra")
-    pen.text((left - 4, bottom - 12), f"{low:.3g}", fill="gray", anchor="ra")
-    pen.text((left, bottom + 4), "step 0", fill="gray")
-    pen.text((right, bottom + 4), f"{max(xs)}", fill="gray", anchor="ra")
 
 
 # --- runs beside one another ----------------------------------------------------------------------
@@ -268,30 +169,3 @@ def format_runs(methods: dict, baseline: dict | None, epoch: str) -> str:
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths)).rstrip()
                      for row in rows)
-
-
-def draw_gains(path: Path, gains: dict[str, list[float]]) -> None:
-    """Write a PNG: delta-m of each method, a dot a seed, its mean and the 95 % interval."""
-    left, top, width, row = 130, 34, 520, 26
-    everything = [value for values in gains.values() for value in values]
-    low, high = math.floor(min(everything)) - 1, math.ceil(max(everything)) + 1
-    picture = Image.new("RGB", (left + width + 30, top + row * len(gains) + 34), "white")
-    pen = ImageDraw.Draw(picture)
-
-    def x(value: float) -> float:
-        return left + width * (min(max(value, low), high) - low) / (high - low)
-
-    bottom = top + row * len(gains)
-    for tick in range(low, high + 1, max(1, (high - low) // 10)):
-        pen.line((x(tick), top, x(tick), bottom), fill="silver" if tick else "black")
-        pen.text((x(tick), bottom + 4), f"{tick:+d}" if tick else "0", fill="gray", anchor="ma")
-    pen.text((left, 10), "delta-m, % (dot: a seed; bar: mean and 95 % interval)", fill="black")
-    for i, (method, values) in enumerate(gains.items()):
-        y = top + row * i + row / 2
-        mean, half = interval(values)
-        pen.text((left - 8, y), method, fill="black", anchor="rm")
-        pen.line((x(mean - half), y, x(mean + half), y), fill="royalblue", width=3)
-        pen.line((x(mean), y - 8, x(mean), y + 8), fill="royalblue", width=3)
-        for value in values:
-            pen.ellipse((x(value) - 3, y - 3, x(value) + 3, y + 3), outline="black", fill="orange")
-    picture.save(path)
