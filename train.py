@@ -36,7 +36,7 @@ from tasks import delta_m, make_tasks
 from util.checkpoint import (VERSIONS, check_out, check_space, fingerprint, load_trained, open_log,
                              read_checkpoint, save, trained_state, write_json)
 from util.parallel import Team
-from util.report import draw_curves, draw_samples, format_line, format_table
+from util.report import draw_curves, draw_samples, draw_tree, format_line, format_table
 from util.run import LossMeter, amp_dtype, one_line_errors, pick_device, progress, stop_signals
 
 
@@ -72,8 +72,7 @@ def compute_tree(config: argparse.Namespace, tasks: list, dataset,
         raise ValueError(f"{error}; use more images (--sim-images) or give --tree FILE") from error
     print(format_similarity(found, config.tasks))
     samples = found.stages if config.stage_similarity else found.samples
-    sim = np.nanmean(samples, 0)  # (T, T), or one a stage
-    tree = build_tree(sim, config.groups, verbose=True)
+    tree = build_tree(np.nanmean(samples, 0), config.groups, verbose=True)  # (T, T), or one a stage
     choices = stability(tree, samples)
     return tree, choices, {**found.as_json(), "choices": [c and c._asdict() for c in choices]}
 
@@ -200,8 +199,8 @@ def run(config: argparse.Namespace, open_data: Callable = open_dataset) -> None:
     if config.tree_only:
         if team.leads and not resumed:
             write_json(out / "tree.json", tree_json)
-        team.close()
-        return
+            draw_tree(out / "tree.png", out / "tree.json")
+        return team.close()
 
     # The network and what trains it.
     model = build(config, tasks, tree).to(device)
@@ -216,7 +215,7 @@ def run(config: argparse.Namespace, open_data: Callable = open_dataset) -> None:
     scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
     if team.leads:
         check_space(out, model)  # now rather than after an epoch
-        if not resumed:
+        if not resumed or not (out / "tree.json").exists():
             write_json(out / "tree.json", tree_json)
     step, best, latest = 0, None, None  # evaluations
     if resumed:
@@ -298,11 +297,12 @@ def run(config: argparse.Namespace, open_data: Callable = open_dataset) -> None:
         draw_samples(out / "predictions.png", predictor(model, amp), tasks, val_set, config.size,
                      device)
         draw_curves(out / "curves.png", out / "log.jsonl", tasks)
+        draw_tree(out / "tree.png", out / "tree.json")
         print(f"best epoch {best['epoch']}: " + format_table(tasks, best, constant, config.size)
               + (f"\ndelta-m {best['delta_m']:+.2f} %" if baseline else "")
               + f"\nlast epoch {latest['epoch']}: {format_line(tasks, latest)}"
-              + f"\nwrote {out}/: metrics.json, predictions.png, curves.png, tree.json, best.pt, "
-              "last.pt, log.jsonl")
+              + f"\nwrote {out}/: metrics.json, predictions.png, curves.png, tree.png, "
+              "tree.json, best.pt, last.pt, log.jsonl")
     team.close()
 
 

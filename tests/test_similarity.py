@@ -416,7 +416,7 @@ def test_the_order_of_tasks_changes_names_alone(tmp_path, capsys):
         out = tmp_path / order[0]
         for _ in range(2 if order == names else 1):  # nothing is in the way of a second run
             train.main([*SMALL, "--tasks", ",".join(order), "--out", str(out)])
-        assert {path.name for path in out.iterdir()} == {"tree.json"}
+        assert {path.name for path in out.iterdir()} == {"tree.json", "tree.png"}
         found.append(json.loads((out / "tree.json").read_text()))
     text = capsys.readouterr().out
     assert "% of resamples agree" in text and "trained parameters" not in text

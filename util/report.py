@@ -1,5 +1,5 @@
-"""What a run shows: its table, predictions beside the truth, a photo's predictions, curves; and
-what runs show beside one another: means, intervals, delta-m.
+"""What a run shows: its table, predictions beside the truth, a photo's predictions, curves, its
+tree; and what runs show beside one another: means, intervals, delta-m.
 
 A picture is a tensor (3, H, W) in 0..1; a task says itself which colours its values have.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw  # comes with torchvision
+from PIL import Image, ImageDraw, ImageFont  # comes with torchvision
 from torch import Tensor, nn
 from torchvision.utils import make_grid, save_image
 
@@ -161,6 +161,43 @@ def plot(pen: ImageDraw.ImageDraw, left: int, top: int, title: str,
     pen.text((left - 4, bottom - 12), f"{low:.3g}", fill="gray", anchor="ra")
     pen.text((left, bottom + 4), "step 0", fill="gray")
     pen.text((right, bottom + 4), f"{max(xs)}", fill="gray", anchor="ra")
+
+
+def draw_tree(path: Path, source: Path) -> None:
+    """Write a PNG of a tree.json: similarities +- standard errors, where it has any, and the tree.
+
+    A column a task, in an order in which groups stand together; a row a stage, a box a group."""
+    saved, row, font = json.loads(source.read_text()), 30, ImageFont.load_default(13)
+    tasks, tree, sim = saved["tasks"], saved["tree"], saved["similarity"]
+    order = sorted(tasks, key=lambda t: [[t not in group for group in stage] for stage in tree])
+    wide = max(map(font.getlength, ["-0.123 ± 0.123", *tasks])) + 24
+    top = row * (len(tasks) + 2) if sim else row // 2  # of the tree
+    size = round(wide * (len(tasks) + 1)), top + row * 2 * len(tree)
+    pen = ImageDraw.Draw(picture := Image.new("RGB", size, "white"))
+
+    def box(column: int, y: float, texts: Sequence[str], **colours) -> None:
+        left, right = wide * (column + 1), wide * (column + 1 + len(texts))  # -1 is the margin
+        pen.rounded_rectangle((left + 4, y + 2, right - 4, y + row - 2), 6, **colours)
+        for i, text in enumerate(texts):
+            pen.text((left + wide * (i + 0.5), y + row / 2), text, "black", font, anchor="mm")
+
+    for i, t in enumerate(map(tasks.index, order if sim else ())):
+        box(i, 0, [tasks[t]])
+        box(-1, row * (i + 1), [tasks[t]])
+        for j, u in enumerate(map(tasks.index, order)):
+            value, error = sim[t][u], saved["standard_error"][t][u]
+            text = f"{value:.3f} ± {error:.3f}" if error else f"{value:.3f}"
+            dim = round(255 - 120 * abs(value) ** 0.5)
+            box(j, row * (i + 1), [text], fill=(dim, dim, 255) if value > 0 else (255, dim, dim))
+    for i, stage in enumerate(tree):
+        y = top + 2 * row * i
+        box(-1, y, [f"stage {i + 1}"])
+        for group in stage:
+            first = min(map(order.index, group))
+            middle = wide * (first + 1 + len(group) / 2)
+            box(first, y, order[first:first + len(group)], outline="royalblue", width=2)
+            pen.line((middle, y + 2 - (row + 4) * (i > 0), middle, y + 2), "royalblue", 2)
+    picture.save(path)
 
 
 # --- runs beside one another ----------------------------------------------------------------------
