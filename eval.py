@@ -135,7 +135,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "for runs of --method full")
     add("--merge", type=Path, help="write the network with merged adapters, as a graph that needs "
         "no code of ours (torch.export), and stop")
-    add("--data-root", default="data", help="folder of the dataset, or its archive")
+    add("--data-root", help="folder of the dataset, or its archive; else the recipe's")
     add("--workers", type=int, default=min(4, os.cpu_count()), help="processes that load data")
     add("--weights", help="where the backbone's weights are now, if not where they were")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
@@ -156,7 +156,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 def evaluate_checkpoint(args: argparse.Namespace) -> str:
     """What --checkpoint and the other flags ask for, as the text to print."""
     model, tasks, config = load_run(args.checkpoint, args.weights)
-    config.data_root, config.cache = args.data_root, False  # what it costs is not the file's say
+    config.data_root, config.cache = args.data_root or config.data_root, False  # the recipe's
     if args.export_backbone:
         return export_backbone(model, config, args.export_backbone)
     if args.merge:

@@ -2,8 +2,8 @@
 
 All groups of a stage run the same frozen weights, so a stage with G task groups is fed one batch
 of G*B images, group after group. Between two stages the tree says which group each new group
-branches off. There is no loop over tasks in the backbone, and the baselines are special trees:
-(1, 1, 1, 1) groups share everything, (T, T, T, T) nothing.
+branches off: `tglora.run_stages`. There is no loop over tasks in the backbone, and the baselines
+are special trees: (1, 1, 1, 1) groups share everything, (T, T, T, T) nothing.
 
     model = build(config, tasks, tree)       # config: the knobs of recipes.py, by name
     predictions = model(image)               # {"semseg": (B, 40, H, W), ...}
@@ -27,7 +27,7 @@ from bdta import BDTANet
 from decoders import FUSED, Decoder
 from grouping import Partition, check_tree, routing
 from swin import build_swin, load_weights
-from tglora import add_adapters, freeze, split_rank
+from tglora import add_adapters, freeze, run_stages, split_rank
 
 
 class MultiTaskNet(nn.Module):
@@ -51,13 +51,8 @@ class MultiTaskNet(nn.Module):
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         """Image (B, 3, H, W), normalised -> each task's prediction, (B, outputs, H, W)."""
-        x = self.backbone.patch_embed(image)[None]  # (1, B, h, w, c): one group, all tasks
-        maps = []
-        for stage, parent in zip(self.backbone.layers, self.parents):
-            if list(parent) != list(range(len(x))):  # the tree branches here
-                x = torch.stack([x[p] for p in parent])  # (G, B, h, w, c)
-            x = stage(x.flatten(0, 1)).unflatten(0, (-1, x.shape[1]))  # (G*B, ...) -> (G, B, ...)
-            maps.append(x)
+        x = self.backbone.patch_embed(image)                          # (B, h, w, c)
+        maps = run_stages(self.backbone.layers, x, self.parents)      # four (G, B, h, w, c)
         predictions = {}
         for name, decoder in self.decoders.items():
             own = [m[group] for m, group in zip(maps, self.group_of[name])]  # four (B, h, w, c)

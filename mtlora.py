@@ -47,8 +47,8 @@ class SharedProductLinear(TGLoRALinear):
         T, (d, k) = len(self.ranks) - 1, self.weight.shape
         y = F.linear(shared, self.weight, self.bias)                # (B, ..., d), for all groups
         flat = y.view(1, -1, d)                                     # (1, N, d)
-        y_0 = self.add_adapters(flat, dropped.reshape(1, -1, k), slice(1))
-        y_t = self.add_adapters(flat.expand(T, -1, -1), tasks.reshape(T, -1, k), slice(1, None))
+        y_0 = self.add_low_rank(flat, dropped.reshape(1, -1, k), slice(1))
+        y_t = self.add_low_rank(flat.expand(T, -1, -1), tasks.reshape(T, -1, k), slice(1, None))
         return torch.cat([y_0, y_t]).view(-1, *y.shape[1:])
 
     def merge(self) -> None:
@@ -116,7 +116,7 @@ def adapt(backbone: nn.Module, names: Sequence[str], num_tasks: int, rank: int,
             parent, _, leaf = name.rpartition(".")
             linear = last.get_submodule(name)
             setattr(last.get_submodule(parent), leaf, kind(linear, own, dropout=dropout))
-        if plus:
+        if plus and hasattr(stage.downsample, "reduction"):  # Swin's, where a stage follows
             add_adapters(stage, ("downsample.reduction",), (rank,), dropout=dropout)
         backbone.layers[i] = BranchingStage(stage)
     freeze(backbone, backbone.OTHERS)

@@ -13,8 +13,16 @@ what differs by less is noise: `task_similarity` returns both, and the examples'
     finetune_decoders(model, tasks, load, batches, lr)
     print(format_similarity(task_similarity(model, tasks, examples), names))
 
-`model` has a `backbone` (image -> maps) and `decoders`, by task ((maps, (H, W)) -> prediction);
-a task has `name`, `weight`, `loss(prediction, label)` and `valid(label)`.
+Of your own it needs no more than this (x is an image or any other tensor, examples first):
+
+    model(x) -> {task's name: prediction}       model.backbone: a module; its weights are compared
+    task.name                                   task.valid(label) -> bools, all false: no label
+    task.loss(prediction, label) -> a number    an example: (x, {task's name: label}), batched by 1
+
+and to train decoders `model.backbone(x)` -> maps, a list of tensors, examples first;
+`model.decoders`, an nn.ModuleDict by task's name, (maps, x.shape[2:]) -> prediction; `task.weight`,
+of its loss. Train or eval mode and what requires a gradient are afterwards as they were, and no
+gradient is left behind.
 Shapes: B batch, N examples, T tasks, H W pixels, h w c of a map, P backbone parameters.
 References: arXiv 2509.19602, sections 3.1 and 4.4; Task2Vec, arXiv 1902.03545, section 3.3.
 """
@@ -148,6 +156,7 @@ def finetune_decoders(model: nn.Module, tasks: Sequence, load: Callable,
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+        optimizer.zero_grad()
 
 
 # --- eq. 3 ----------------------------------------------------------------------------------------
@@ -178,6 +187,9 @@ def task_similarity(model: nn.Module, tasks: Sequence, examples: Iterable,
             labelled = [t for t in range(T) if tasks[t].valid(labels[tasks[t].name]).any()]
             for t in labelled:
                 loss = tasks[t].loss(predictions[tasks[t].name], labels[tasks[t].name])
+                if not loss.requires_grad:  # nothing of the backbone plays a part in it
+                    g[t] = 0
+                    continue
                 grads = torch.autograd.grad(loss, shared, retain_graph=True,
                                             materialize_grads=True)  # of unused weights, 0
                 torch.cat([grad.flatten() for grad in grads], out=g[t])

@@ -9,16 +9,22 @@ activations) needs no change. One group is plain LoRA.
     layer = TGLoRALinear(nn.Linear(96, 288), ranks=(32, 16, 16))    # three groups
     y = layer(x)                                                    # (3*B, L, 96) -> (3*B, L, 288)
 
+A backbone is cut into stages: `add_adapters` wraps the layers of each, `run_stages` branches
+between them. README, Use a module in your own project, has an example.
 Shapes: B batch, G groups, k inputs, d outputs, r rank, N rows of a group.
 References: arXiv 2509.19602, section 3.2; LoRA, arXiv 2106.09685.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+
+# They read weights of their linear layers and do not call these, the second one in eval mode
+# without gradients: adapters would be ignored there, silently.
+BYPASSING = nn.MultiheadAttention, nn.TransformerEncoderLayer
 
 
 class TGLoRALinear(nn.Module):
@@ -35,7 +41,7 @@ class TGLoRALinear(nn.Module):
         super().__init__()
         if not ranks or min(ranks) < self.least_rank:
             raise ValueError(f"TGLoRALinear: every group needs a rank of at least 1, got {ranks}")
-        d, k = linear.weight.shape
+        d, k = self.out_features, self.in_features = linear.weight.shape
         self.ranks, self.scale, self.merged = tuple(ranks), scale, False
         self.weight, self.bias = linear.weight, linear.bias
         self.weight.requires_grad_(False)
@@ -53,14 +59,14 @@ class TGLoRALinear(nn.Module):
         if x.shape[0] % len(self.ranks):
             raise ValueError(f"TGLoRALinear: a batch of {x.shape[0]} does not divide into "
                              f"{len(self.ranks)} groups")
-        G, (d, k) = len(self.ranks), self.weight.shape[-2:]
+        G, d, k = len(self.ranks), self.out_features, self.in_features
         if self.merged:  # y_g = W_g x_g + bias
             x = x.unflatten(0, (G, -1))
             y = [F.linear(x[g], self.weight[g], self.bias) for g in range(G)]
             return torch.cat(y) if G > 1 else y[0]
         y = F.linear(x, self.weight, self.bias)
         x = self.drop(x).reshape(G, -1, k)
-        return self.add_adapters(y.view(G, -1, d), x).view(y.shape)
+        return self.add_low_rank(y.view(G, -1, d), x).view(y.shape)
 
     def drop(self, x: Tensor) -> Tensor:
         """Dropout, of the adapters' input alone."""
@@ -68,7 +74,7 @@ class TGLoRALinear(nn.Module):
             x = torch.native_dropout(x, self.dropout, True)[0]
         return x
 
-    def add_adapters(self, y: Tensor, x: Tensor, groups: slice = slice(None)) -> Tensor:
+    def add_low_rank(self, y: Tensor, x: Tensor, groups: slice = slice(None)) -> Tensor:
         """y (G, N, d), or one for all groups (1, N, d); x (G, N, k) -> y_g + gamma B_g A_g x_g."""
         # All groups in one product: ranks that differ are padded with zeros.
         A = pad_sequence(list(self.lora_A)[groups], batch_first=True)  # (G, r, k)
@@ -77,7 +83,7 @@ class TGLoRALinear(nn.Module):
 
     def macs(self, rows: int) -> tuple[int, int]:
         """Multiply-accumulates for `rows` inputs of each group: of W and bias, of the adapters."""
-        G, (d, k) = len(self.ranks), self.weight.shape[-2:]
+        G, d, k = len(self.ranks), self.out_features, self.in_features
         padded = 0 if self.merged else max(self.ranks)
         return G * rows * d * (k + (self.bias is not None)), G * rows * padded * (k + d)
 
@@ -97,8 +103,8 @@ class TGLoRALinear(nn.Module):
         self.merged = True
 
     def extra_repr(self) -> str:
-        d, k = self.weight.shape[-2:]
-        return f"{k} -> {d}, ranks={self.ranks}, scale={self.scale}, merged={self.merged}"
+        return (f"{self.in_features} -> {self.out_features}, ranks={self.ranks}, "
+                f"scale={self.scale}, merged={self.merged}")
 
 
 def split_rank(rank: int, group_sizes: Sequence[int]) -> tuple[int, ...]:
@@ -124,14 +130,40 @@ def add_adapters(module: nn.Module, names: Sequence[str], ranks: Sequence[int],
     """Wrap, in place, each linear layer in `module` whose path ends in one of `names`.
 
     names: of whole modules, as ("attn.qkv", "mlp.fc1") for Swin's stages, ("mlp.0", "mlp.3") for
-    torchvision's ViT; ranks: one for each group.
+    torchvision's ViT; ranks: one for each group. Raises ValueError for a name that no linear layer
+    has, and for a layer whose weight torch would read without calling it.
     """
-    endings = tuple("." + name for name in names)
-    for path, linear in list(module.named_modules()):
-        if isinstance(linear, nn.Linear) and f".{path}".endswith(endings):
+    linears = {path: m for path, m in module.named_modules() if isinstance(m, nn.Linear)}
+    for name in names:
+        if not any(f".{path}".endswith(f".{name}") for path in linears):
+            raise ValueError(f"add_adapters: no linear layer's path ends in {name!r}; there are "
+                             f"{', '.join(linears) or 'none'}")
+    for path, linear in linears.items():
+        if f".{path}".endswith(tuple(f".{name}" for name in names)):
             parent, _, name = path.rpartition(".")
-            adapted = TGLoRALinear(linear, ranks, scale, dropout)
-            setattr(module.get_submodule(parent), name, adapted)
+            parent = module.get_submodule(parent)
+            if isinstance(parent, BYPASSING):
+                raise ValueError(f"add_adapters: {path} lies in nn.{type(parent).__name__}, which "
+                                 "may use its weight without calling it; adapt other layers")
+            setattr(parent, name, TGLoRALinear(linear, ranks, scale, dropout))
+
+
+def run_stages(stages: Iterable[nn.Module], x: Tensor, parents: Sequence[Sequence[int]]
+               ) -> list[Tensor]:
+    """Run x through the stages of a backbone, branching before each as the task tree does.
+
+    x (B, ...), what the first stage reads; parents[stage][group]: the group of the stage before
+    that this group branches off, all 0 in the first (of a tree: grouping.routing). A stage is fed
+    one batch (G*B, ...), group after group, and may be any module that treats its examples alike.
+    Returns each stage's output, (G, B, ...): a task reads that of its own group.
+    """
+    x, maps = x[None], []  # (1, B, ...): one group, all tasks
+    for stage, parent in zip(stages, parents, strict=True):
+        if list(parent) != list(range(len(x))):  # the tree branches here
+            x = torch.stack([x[p] for p in parent])  # (G, B, ...)
+        x = stage(x.flatten(0, 1)).unflatten(0, (-1, x.shape[1]))  # (G*B, ...) -> (G, B, ...)
+        maps.append(x)
+    return maps
 
 
 def freeze(backbone: nn.Module, others: Sequence[str] = ()) -> None:

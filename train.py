@@ -32,10 +32,10 @@ from model import build
 from similarity import finetune_decoders, format_similarity, fresh_decoders, task_similarity
 from stability import stability
 from tasks import delta_m, make_tasks
-from util.checkpoint import (VERSIONS, check_out, check_space, fingerprint, load_optimizer,
+from util.checkpoint import (RUN_FILES, VERSIONS, check_out, check_space, fingerprint, load_optimizer,
                              load_trained, lock, open_log, read_checkpoint, save, to_json,
                              trained_state, write_json)
-from util.draw import draw_curves, draw_samples
+from util.draw import draw_curves, draw_samples, draw_tree
 from util.parallel import Team
 from util.report import format_line, format_table
 from util.run import (LossMeter, amp_dtype, one_line_errors, pick_device, progress, reading,
@@ -43,15 +43,13 @@ from util.run import (LossMeter, amp_dtype, one_line_errors, pick_device, progre
 
 
 # --- the tree -------------------------------------------------------------------------------------
-def compute_tree(config: argparse.Namespace, tasks: list, dataset,
+def compute_tree(config: argparse.Namespace, tasks: list, model: nn.Module, dataset,
                  device: torch.device) -> tuple[list[Partition], list, dict]:
     """Train decoders on the frozen backbone, compare gradients, group the tasks (3.1, 3.3, 4.4).
 
-    Returns the tree, how sure each of its stages is, and what tree.json says of the similarities.
+    model: one group, as the features are the same for all. Returns the tree, how sure each of its
+    stages is, and what tree.json says of the similarities.
     """
-    everything = [tuple(range(len(tasks)))]  # one group: the features are the same for all
-    plain = argparse.Namespace(**{**vars(config), "method": "decoders"})
-    model = build(plain, tasks, [everything] * len(config.groups)).to(device)
     subset = epoch_batches(len(dataset), len(dataset), 1, config.seed)[0][:config.sim_images]
     N = len(subset)
     print(f"similarity: decoders trained on {N} images for {config.head_epochs} epochs, "
@@ -74,8 +72,7 @@ def compute_tree(config: argparse.Namespace, tasks: list, dataset,
         raise ValueError(f"{error}; use more images (--sim-images) or give --tree FILE") from error
     print(format_similarity(found, config.tasks))
     samples = found.stages if config.stage_similarity else found.samples
-    sim = np.nanmean(samples, 0)  # (T, T), or one a stage
-    tree = build_tree(sim, config.groups, verbose=True)
+    tree = build_tree(np.nanmean(samples, 0), config.groups, verbose=True)  # (T, T), or one a stage
     choices = stability(tree, samples)
     return tree, choices, {**found.as_json(), "choices": [c and c._asdict() for c in choices]}
 
@@ -175,6 +172,8 @@ def run(config: argparse.Namespace, open_data: Callable = open_dataset) -> None:
     last, best_pt = check_out(config, tree) or (None, None)  # of the run that --resume continues
     tree = last["tree"] if last else tree
     print(settings(config))
+    decoders = argparse.Namespace(**{**vars(config), "method": "decoders"})
+    plain = build(decoders, tasks, [[tuple(range(len(tasks)))]] * 4).to(device)  # of these weights
 
     # Data.
     with team.leader_first():  # which unpacks and parses, once
@@ -192,7 +191,7 @@ def run(config: argparse.Namespace, open_data: Callable = open_dataset) -> None:
     choices, similarity = (), {"similarity": None}
     if tree is None:
         tree, choices, similarity = team.tell(
-            compute_tree(config, tasks, train_set, device) if team.leads else None)
+            compute_tree(config, tasks, plain, train_set, device) if team.leads else None)
     if candidates:
         print(format_frontier(candidates, config, similarity))
     print(format_tree(tree, config.tasks, choices), flush=True)
@@ -200,8 +199,8 @@ def run(config: argparse.Namespace, open_data: Callable = open_dataset) -> None:
     if config.tree_only:
         if team.leads and not last:
             write_json(out / "tree.json", tree_json)
-        team.close()
-        return
+            draw_tree(out / "tree.png", out / "tree.json")
+        return team.close()
 
     # The network and what trains it.
     model = build(config, tasks, tree).to(device)
@@ -301,10 +300,10 @@ def run(config: argparse.Namespace, open_data: Callable = open_dataset) -> None:
         draw_samples(out / "predictions.png", predictor(model, amp), tasks, val_set, config.size,
                      device)
         draw_curves(out / "curves.png", out / "log.jsonl", tasks)
+        draw_tree(out / "tree.png", out / "tree.json")
         print(f"best epoch {best['epoch']}: " + format_table(tasks, best, constant, config.size)
               + f"\nlast epoch {latest['epoch']}: {format_line(tasks, latest)}"
-              + f"\nwrote {out}/: metrics.json, predictions.png, curves.png, tree.json, best.pt, "
-              "last.pt, log.jsonl")
+              + f"\nwrote {out}/: {', '.join(RUN_FILES)}")
     team.close()
 
 

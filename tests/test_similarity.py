@@ -164,22 +164,73 @@ def test_a_copy_of_a_task_is_its_nearest_and_shares_its_group():
     assert stability(tree, found.samples)[2] == (True, 1.0)
 
 
+def test_a_task_that_needs_nothing_of_the_backbone_is_like_no_other():
+    """Its prediction comes from elsewhere: similarity 0, as that of weights which nothing uses."""
+    tasks = make_tasks(NAMES, 4)
+    model, plain = network(tasks), task_similarity(network(tasks), tasks, [example(0)])
+    model.decoders["depth"] = Fixed(1)
+    model.backbone.unused = torch.nn.Parameter(torch.ones(3))
+    found = task_similarity(model, tasks, [example(0)], stages=model.backbone.layers)
+    assert found.mean[1].tolist() == [0, 1, 0] and found.stages[0, :, 1, 0].tolist() == [0] * 4
+    assert found.mean[0, 2] == plain.mean[0, 2]
+
+
+class Fixed(torch.nn.Module):
+    """A decoder that looks at nothing."""
+
+    def __init__(self, outputs):
+        super().__init__()
+        self.value = torch.nn.Parameter(torch.ones(1, outputs, 1, 1))
+
+    def forward(self, maps, size):
+        return self.value.expand(len(maps[0]), -1, *size)
+
+
+def state(model):
+    """Modes, what requires a gradient, and what has one."""
+    return ([m.training for m in model.modules()],
+            [(p.requires_grad, p.grad is None) for p in model.parameters()])
+
+
 def test_everything_is_left_as_found():
-    """Modes and what requires a gradient, also after an error; weights that nothing uses are 0."""
+    """Modes, what requires a gradient and that there is none, also after an error; weights that
+    nothing uses are 0."""
     tasks = make_tasks(NAMES, 4)
     model = network(tasks)
     model.backbone.unused = torch.nn.Parameter(torch.ones(3))
     model.backbone.layers[0].requires_grad_(False).eval()
-
-    def state():
-        return [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
-    before = state()
+    before = state(model)
     finetune_decoders(model, tasks, load, [[0, 1]], lr=1e-3)
+    assert state(model) == before
     task_similarity(model, tasks, [example(0)])
-    assert state() == before
+    assert state(model) == before
     with pytest.raises(ValueError):
         task_similarity(model, tasks, [example(0, ["depth"])])
-    assert state() == before
+    assert state(model) == before
+
+
+@pytest.mark.parametrize("failing", ["backbone", "decoder", "loss"])
+def test_an_error_of_the_users_own_leaves_everything_as_found(failing):
+    """Whichever part raises, in either function."""
+    tasks = make_tasks(NAMES, 4)
+    model = network(tasks)
+    model.backbone.layers[0].requires_grad_(False).eval()
+    before = state(model)
+
+    def fail(*args):
+        raise RuntimeError("of the user's own")
+
+    if failing == "loss":
+        tasks[1].loss = fail
+    else:
+        part = model.backbone.layers[1] if failing == "backbone" else model.decoders["depth"]
+        part.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="own"):
+        finetune_decoders(model, tasks, load, [[0, 1]], lr=1e-3)
+    assert state(model) == before
+    with pytest.raises(RuntimeError, match="own"):
+        task_similarity(model, tasks, [example(0)])
+    assert state(model) == before
 
 
 def test_each_stage_is_compared_on_its_own_weights():
@@ -366,7 +417,7 @@ def test_the_order_of_tasks_changes_names_alone(tmp_path, capsys):
         out = tmp_path / order[0]
         for _ in range(2 if order == names else 1):  # nothing is in the way of a second run
             train.main([*SMALL, "--tasks", ",".join(order), "--out", str(out)])
-        assert [path.name for path in out.iterdir()] == ["tree.json"]
+        assert {path.name for path in out.iterdir()} == {"tree.json", "tree.png"}
         found.append(json.loads((out / "tree.json").read_text()))
     text = capsys.readouterr().out
     assert "% of resamples agree" in text and "trained parameters" not in text

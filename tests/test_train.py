@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import stopped_after_an_epoch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import eval
 import train
 from util.parallel import Team
-from util.draw import MARGIN, PANEL, draw_curves
+from util.draw import MARGIN, PANEL, draw_curves, draw_tree
 
 ROOT = Path(__file__).parent.parent
 # Two epochs of a small network on a few rooms: seconds.
@@ -60,6 +60,7 @@ def test_a_run_leaves_what_the_readme_says(rooms_run):
     assert [line["epoch"] for line in lines if "results" in line] == [1, 2]
     assert (rooms_run / "predictions.png").stat().st_size > 1000
     assert (rooms_run / "curves.png").stat().st_size > 1000
+    assert (rooms_run / "tree.png").stat().st_size > 1000
     best = torch.load(rooms_run / "best.pt", weights_only=True)
     names = [k for k in best["model"] if k.startswith("backbone.")]
     assert names and all("lora_" in k for k in names)  # the frozen backbone stays in its own file
@@ -90,6 +91,52 @@ def test_curves_show_losses_and_metrics(tmp_path):
             (0, 1): [(width / 3, height), (width, height)],
             (1, 0): [(width * 2 / 3, height), (width, 0)], (1, 1): [(width, height)] * 2}.items():
         np.testing.assert_allclose(curve(row, column), expected, atol=4)
+
+
+FIVE = ["depth", "semseg", "normals", "edge", "human_parts"]
+
+
+@pytest.mark.parametrize("tasks, known", [
+    (FIVE, True), (FIVE, False), ([name + "_with_a_long_name_of_its_own" for name in FIVE], True)])
+def test_the_tree_is_drawn_with_its_similarities(tasks, known, tmp_path, monkeypatch):
+    """Every number and name, none over another or outside, those of a group side by side; red is
+    below 0; without similarities the tree alone."""
+    depth, semseg, normals, edge, parts = tasks
+    halves = [[semseg, edge, parts], [depth, normals]]
+    sim, error = np.eye(5), np.full((5, 5), 0.0121)
+    sim[[0, 2], [2, 0]], sim[[1, 3], [3, 1]] = 0.3456, -0.1234
+    error = np.where(sim == 0, None, error)
+    (tmp_path / "tree.json").write_text(json.dumps({
+        "tasks": tasks, "similarity": sim.tolist() if known else None,
+        "standard_error": error.tolist(),
+        "tree": [[tasks], halves, halves, [[name] for name in tasks]]}))
+    texts, pen = [], ImageDraw.ImageDraw
+
+    def text(self, xy, string, fill, font, anchor):
+        texts.append((string, self.textbbox(xy, string, font, anchor)))
+        write(self, xy, string, fill, font, anchor=anchor)
+
+    write = pen.text
+    monkeypatch.setattr(pen, "text", text)
+    draw_tree(tmp_path / "tree.png", tmp_path / "tree.json")
+    picture = Image.open(tmp_path / "tree.png").convert("RGB")
+    strings = [string for string, _ in texts]
+    for i, (string, (left, top, right, bottom)) in enumerate(texts):
+        assert left >= 0 and top >= 0 and right <= picture.width and bottom <= picture.height
+        for _, (other_left, other_top, other_right, other_bottom) in texts[:i]:
+            assert (right < other_left or other_right < left
+                    or bottom < other_top or other_bottom < top), string
+    assert [strings.count(name) for name in tasks] == [6 if known else 4] * 5  # 4 stages, 2 heads
+    x = {string: box[0] + box[2] for string, box in texts}
+    sides = sorted(tasks, key=x.get)
+    assert set(sides[:3]) == set(halves[0]) or set(sides[:2]) == set(halves[1])
+    numbers = {string: picture.getpixel((box[0] - 2, box[1] - 2)) for string, box in texts
+               if "." in string}
+    if known:
+        assert set(numbers) == {"1.000 ± 0.012", "0.346 ± 0.012", "-0.123 ± 0.012", "0.000"}
+        red, _, blue = numbers["-0.123 ± 0.012"]
+        assert red > blue and numbers["0.346 ± 0.012"][2] > numbers["0.346 ± 0.012"][0]
+    assert bool(numbers) == known
 
 
 def test_evaluation_of_a_checkpoint_repeats_the_runs_numbers(rooms_run, capsys):
@@ -220,13 +267,16 @@ def test_a_saved_tree_replaces_the_similarity_and_gives_the_same_run(rooms_run, 
 
 
 def test_a_resumed_run_ends_as_an_uninterrupted_one(rooms_run, tmp_path, monkeypatch):
-    """Stopped after its first epoch and continued: the same weights and the same log."""
+    """Stopped after its first epoch and continued: the same weights and the same log, and a tree,
+    where it was removed."""
     out = tmp_path / "run"
     with stopped_after_an_epoch(monkeypatch):
         run("--out", out)
     with open(out / "log.jsonl", "a") as log:
         log.write('{"step": 3, "lost": true}\n')  # a step that came after the checkpoint
+    (out / "tree.json").unlink()
     run("--out", out, "--resume")
+    assert json.loads((out / "tree.json").read_text())["tree"] and (out / "tree.png").exists()
     first, again = (torch.load(p / "last.pt", weights_only=True) for p in (rooms_run, out))
     assert all(torch.equal(first["model"][k], again["model"][k]) for k in first["model"])
     assert (rooms_run / "log.jsonl").read_text() == (out / "log.jsonl").read_text()

@@ -35,7 +35,8 @@ VERSIONS = {"python": platform.python_version(), "torch": str(torch.__version__)
 # Flags of which a resumed run may have others than it began with.
 MAY_CHANGE = {"out", "resume", "data_root", "download", "device", "workers", "cache", "log_every",
               "tree", "compile"}
-RUN_FILES = "last.pt best.pt tree.json log.jsonl metrics.json predictions.png curves.png".split()
+RUN_FILES = ("metrics.json predictions.png curves.png tree.png tree.json best.pt last.pt "
+             "log.jsonl").split()
 
 
 # --- writing --------------------------------------------------------------------------------------

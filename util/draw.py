@@ -154,6 +154,44 @@ def plot(pen: ImageDraw.ImageDraw, left: int, top: int, title: str,
     pen.text((right, bottom + 4), f"{max(xs)}", fill="gray", anchor="ra")
 
 
+# --- the tree ------------------------------------------------------------------------------------
+def draw_tree(path: Path, source: Path) -> None:
+    """Write a PNG of a tree.json: similarities +- standard errors, where it has any, and the tree.
+
+    A column a task, in an order in which groups stand together; a row a stage, a box a group."""
+    saved, row, font = json.loads(source.read_text()), 30, ImageFont.load_default(13)
+    tasks, tree, sim = saved["tasks"], saved["tree"], saved["similarity"]
+    order = sorted(tasks, key=lambda t: [[t not in group for group in stage] for stage in tree])
+    wide = max(map(font.getlength, ["-0.123 ± 0.123", *tasks])) + 24
+    top = row * (len(tasks) + 2) if sim else row // 2  # of the tree
+    size = round(wide * (len(tasks) + 1)), top + row * 2 * len(tree)
+    pen = ImageDraw.Draw(picture := Image.new("RGB", size, "white"))
+
+    def box(column: int, y: float, texts: Sequence[str], **colours) -> None:
+        left, right = wide * (column + 1), wide * (column + 1 + len(texts))  # -1 is the margin
+        pen.rounded_rectangle((left + 4, y + 2, right - 4, y + row - 2), 6, **colours)
+        for i, text in enumerate(texts):
+            pen.text((left + wide * (i + 0.5), y + row / 2), text, "black", font, anchor="mm")
+
+    for i, t in enumerate(map(tasks.index, order if sim else ())):
+        box(i, 0, [tasks[t]])
+        box(-1, row * (i + 1), [tasks[t]])
+        for j, u in enumerate(map(tasks.index, order)):
+            value, error = sim[t][u], saved["standard_error"][t][u]
+            text = f"{value:.3f} ± {error:.3f}" if error is not None else f"{value:.3f}"
+            dim = round(255 - 120 * abs(value) ** 0.5)
+            box(j, row * (i + 1), [text], fill=(dim, dim, 255) if value > 0 else (255, dim, dim))
+    for i, stage in enumerate(tree):
+        y = top + 2 * row * i
+        box(-1, y, [f"stage {i + 1}"])
+        for group in stage:
+            first = min(map(order.index, group))
+            middle = wide * (first + 1 + len(group) / 2)
+            box(first, y, order[first:first + len(group)], outline="royalblue", width=2)
+            pen.line((middle, y + 2 - (row + 4) * (i > 0), middle, y + 2), "royalblue", 2)
+    picture.save(path)
+
+
 # --- gains ---------------------------------------------------------------------------------------
 def draw_gains(path: Path, gains: dict[str, list[float]]) -> None:
     """Write a PNG: delta-m of each method, a dot a seed, its mean and the 95 % interval."""
