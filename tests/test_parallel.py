@@ -3,12 +3,15 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from test_checkpoint import assert_same_run
 
 import train
 from util.parallel import Team
@@ -150,6 +153,30 @@ def test_a_run_of_one_process_goes_on_in_two(runs, tmp_path):
     shell(TWO, "train.py", *FLAGS, "--out", out, "--resume")
     torch.testing.assert_close(torch.tensor(losses(out)), torch.tensor(losses(one)), rtol=1e-4,
                                atol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_killed_five_times_end_as_if_nothing_had_happened(tmp_path):
+    """SIGKILL for torchrun and all that it started, at ever later lines of the log, also in the
+    midst of an epoch; resumed each time, in two processes again: the same to the last bit."""
+    flags = [*FLAGS, "--epochs", "5", "--dropout", "0.1"]
+    shell(TWO, "train.py", *flags, "--out", tmp_path / "whole")
+    out = tmp_path / "run"
+    for lines in (2, 7, 11, 18, 22):  # of 25: four steps and an evaluation an epoch
+        resume = ["--resume"] * (out / "last.pt").exists()
+        team = subprocess.Popen([*TWO, ROOT / "train.py", *map(str, flags), "--out", out, *resume],
+                                env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
+                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not ((out / "log.jsonl").exists()
+                   and (out / "log.jsonl").read_text().count("\n") >= lines):
+            assert team.poll() is None
+            time.sleep(0.01)
+        children = subprocess.run(["pgrep", "-P", str(team.pid)], capture_output=True, text=True)
+        for pid in [team.pid, *map(int, children.stdout.split())]:
+            os.kill(pid, signal.SIGKILL)
+        team.wait()
+    shell(TWO, "train.py", *flags, "--out", out, "--resume")
+    assert_same_run(out, tmp_path / "whole")
 
 
 def test_a_team_of_one_never_touches_torch_distributed(tmp_path, monkeypatch):
