@@ -1,12 +1,12 @@
 """What a dense prediction task is: outputs, loss, metrics, what no learning scores, colours.
 
 A label says itself which of its pixels are valid: a class of 255 is ignored, a depth of 0 and a
-normal of (0, 0, 0) do not exist in the world and mean "not measured". Losses and metrics look at
-valid pixels only. Metrics are sums: `sums(pred, label)` of any batches add up, and `metrics(sums)`
-divides once at the end, so that they do not depend on how a set was cut into batches. Without any
-valid pixel, and where any prediction is NaN, a task's metrics are NaN. A loss is a mean over the
-valid pixels of a batch. Where the batch is computed in parts, `totals` of the whole of it, passed
-to each part's `loss`, make the parts' losses add up to the batch's.
+normal of (0, 0, 0) were not measured. Losses and metrics look at valid pixels only. Metrics are
+sums: `sums(pred, label)` of any batches add up, and `metrics(sums)` divides once, so that it does
+not matter how a set was cut into batches. Without any valid pixel, and where any prediction is NaN,
+a task's metrics are NaN. A loss is a mean over the valid pixels of a batch. Where the batch is
+computed in parts, `totals` of the whole of it, passed to each part's `loss`, make the parts' losses
+add up to the batch's.
 
 A task's `kind` says how data.py checks and warps its labels; with it go `classes` or `channels`:
 classes      (H, W) integers below `classes`, or 255
@@ -35,10 +35,9 @@ class Segmentation:
     kind, metric, higher_is_better = "classes", "mIoU", True
 
     def __init__(self, name: str, classes: int | Sequence[str] | None, weight: float):
-        self.name, self.classes, self.weight, self.names = name, classes, weight, ()
-        if classes and not isinstance(classes, int):
-            self.names, self.classes = tuple(classes), len(classes)
-        self.outputs = self.classes
+        self.names = () if classes is None or isinstance(classes, int) else tuple(classes)
+        self.name, self.weight = name, weight
+        self.classes = self.outputs = len(self.names) or classes
 
     def valid(self, label: Tensor) -> Tensor:
         return label != IGNORE  # (B, H, W)
@@ -316,8 +315,7 @@ def make_tasks(names: list[str], classes: int | Sequence[str] | None) -> list:
 def delta_m(results: dict, baseline: dict) -> float:
     """Mean relative gain over a baseline, in percent (eq. 7); better is positive.
 
-    results, baseline: {task: {metric: value}}; over the tasks in results. Raises ValueError where
-    the baseline lacks one.
+    results, baseline: {task: {metric: value}}. ValueError where the baseline lacks one of results'.
     """
     gains = []
     for task in make_tasks(list(results), classes=1):
