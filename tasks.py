@@ -3,10 +3,10 @@
 A label says itself which of its pixels are valid: a class of 255 is ignored, a depth of 0 and a
 normal of (0, 0, 0) were not measured. Losses and metrics look at valid pixels only. Metrics are
 sums: `sums(pred, label)` of any batches add up, and `metrics(sums)` divides once, so that it does
-not matter how a set was cut into batches. Without any valid pixel, and where any prediction is NaN,
-a task's metrics are NaN. A loss is a mean over the valid pixels of a batch. Where the batch is
-computed in parts, `totals` of the whole of it, passed to each part's `loss`, make the parts' losses
-add up to the batch's.
+not matter how a set was cut into batches. Without any valid pixel, and where a prediction is NaN,
+metrics are NaN. A loss is a mean over the valid pixels of a batch. Where the batch is computed in
+parts, `totals` of the whole of it, passed to each part's `loss`, make the parts' losses add up to
+the batch's.
 
 A task's `kind` says how data.py checks and warps its labels; with it go `classes` or `channels`:
 classes      (H, W) integers below `classes`, or 255
@@ -35,9 +35,9 @@ class Segmentation:
     kind, metric, higher_is_better = "classes", "mIoU", True
 
     def __init__(self, name: str, classes: int | Sequence[str] | None, weight: float):
-        self.names = () if classes is None or isinstance(classes, int) else tuple(classes)
-        self.name, self.weight = name, weight
-        self.classes = self.outputs = len(self.names) or classes
+        names = map(str, range(classes)) if isinstance(classes, int) else classes or ()
+        self.name, self.weight, self.names = name, weight, tuple(names)
+        self.classes = self.outputs = len(self.names) or None
 
     def valid(self, label: Tensor) -> Tensor:
         return label != IGNORE  # (B, H, W)
@@ -153,9 +153,7 @@ class Edge:
     kind, classes, outputs, positive = "classes", 2, 1, 0.95  # edges are few: one weighs 0.95
     thresholds = torch.arange(1, 20) / 20  # 0.05, 0.10 ... 0.95
     valid, best_constant, colours = Saliency.valid, Saliency.best_constant, Saliency.colours
-
-    def totals(self, label: Tensor) -> Tensor:
-        return self.valid(label).sum()[None]
+    totals = Segmentation.totals
 
     def loss(self, pred: Tensor, label: Tensor, totals: Tensor | None = None) -> Tensor:
         """Cross-entropy with fixed weights, mean over valid pixels (0 when there are none)."""
@@ -302,11 +300,11 @@ def make_tasks(names: list[str], classes: int | Sequence[str] | None) -> list:
     """The tasks called `names`, in that order; classes: the dataset's of semseg, or how many."""
     for name in names:
         if name not in TASKS:
-            raise ValueError(f"unknown task {name!r} (README, Your own task); expected some of "
-                             f"{', '.join(TASKS)}")
+            raise ValueError(f"unknown task {name!r}; expected some of {', '.join(TASKS)}, or one "
+                             "of your own (README)")
     if not names or len(set(names)) != len(names):
         raise ValueError(f"tasks {','.join(names)!r}: expected each at most once, and at least one")
-    if classes is None and any(TASKS[name].outputs is None for name in names):
+    if classes is None and None in [TASKS[name].outputs for name in names]:
         raise ValueError("semseg: how many classes? Put it into data.CLASSES")
     return [copy(task) if task.outputs else Segmentation(task.name, classes, task.weight)
             for task in map(TASKS.get, names)]

@@ -32,9 +32,9 @@ from model import build
 from similarity import finetune_decoders, format_similarity, fresh_decoders, task_similarity
 from stability import stability
 from tasks import delta_m, make_tasks
-from util.checkpoint import (RUN_FILES, VERSIONS, check_out, check_space, fingerprint, load_optimizer,
-                             load_trained, lock, open_log, read_checkpoint, save, to_json,
-                             trained_state, write_json)
+from util.checkpoint import (RUN_FILES, VERSIONS, check_out, check_space, fingerprint,
+                             load_optimizer, load_trained, lock, open_log, read_checkpoint, save,
+                             to_json, trained_state, write_json)
 from util.draw import draw_curves, draw_samples, draw_tree
 from util.parallel import Team
 from util.report import format_line, format_table
@@ -172,8 +172,8 @@ def run(config: argparse.Namespace, open_data: Callable = open_dataset) -> None:
     last, best_pt = check_out(config, tree) or (None, None)  # of the run that --resume continues
     tree = last["tree"] if last else tree
     print(settings(config))
-    decoders = argparse.Namespace(**{**vars(config), "method": "decoders"})
-    plain = build(decoders, tasks, [[tuple(range(len(tasks)))]] * 4).to(device)  # of these weights
+    plain = argparse.Namespace(**{**vars(config), "method": "decoders"})
+    plain = build(plain, tasks, [[tuple(range(len(tasks)))]] * 4).to(device)  # looks at the weights
 
     # Data.
     with team.leader_first():  # which unpacks and parses, once
@@ -214,8 +214,7 @@ def run(config: argparse.Namespace, open_data: Callable = open_dataset) -> None:
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
     check_space(out, model)  # now rather than after an epoch
-    step, best, latest = 0, None, None  # evaluations
-    meter = LossMeter(config.tasks, step, device)
+    meter, step, best, latest = LossMeter(config.tasks, 0, device), 0, None, None
     if last:
         if best_pt is not last:
             load_trained(model, best_pt, out / "best.pt")  # raises now where it does not fit

@@ -111,7 +111,7 @@ def check_out(config: Namespace, tree: list[Partition] | None) -> tuple[dict, di
     if not config.resume:
         if found := [name for name in RUN_FILES if (out / name).exists()]:
             raise ValueError(f"{out} already holds a run ({', '.join(found)}): continue it with "
-                             "--resume, or choose another --out")
+                             "--resume, take its tree with --tree, or choose another --out")
         return None
     last = best = read_checkpoint(out / "last.pt")
     with reading(out / "last.pt", "a last.pt of train.py"):
