@@ -168,16 +168,17 @@ def run(config: argparse.Namespace, open_data: Callable = open_dataset) -> None:
     tree = tree or tree_without_choice(config, len(tasks))  # None: the similarity decides
     baseline = read_baseline(config, tasks) if config.baseline else None
     out = Path(config.out)
-    held = lock(out) if team.leads else None  # until this function ends, or the process
-    last, best_pt = check_out(config, tree) or (None, None)  # of the run that --resume continues
-    tree = last["tree"] if last else tree
+    check_out(config, tree)
     print(settings(config))
     plain = argparse.Namespace(**{**vars(config), "method": "decoders"})
     plain = build(plain, tasks, [[tuple(range(len(tasks)))]] * 4).to(device)  # looks at the weights
 
-    # Data.
+    # Data, and the folder of the run.
     with team.leader_first():  # which unpacks and parses, once
         train_set, val_set = open_data(config, "train"), open_data(config, "val")
+    held = lock(out) if team.leads else None  # until this function ends, or the process
+    last, best_pt = check_out(config, tree) or (None, None)  # of the run that --resume continues
+    tree = last["tree"] if last else tree
     batches = epoch_batches(len(train_set), config.batch_size, config.epochs, config.seed)
     num_steps, per_epoch = len(batches), len(batches) // config.epochs
     batch_size = len(batches[0])  # smaller than asked for where there are fewer images
@@ -197,10 +198,11 @@ def run(config: argparse.Namespace, open_data: Callable = open_dataset) -> None:
     print(format_tree(tree, config.tasks, choices), flush=True)
     tree_json = {"tasks": config.tasks, **similarity, "tree": name_tree(tree, config.tasks)}
     if config.tree_only:
+        team.close()  # when all have looked at --out
         if team.leads and not last:
             write_json(out / "tree.json", tree_json)
             draw_tree(out / "tree.png", out / "tree.json")
-        return team.close()
+        return
 
     # The network and what trains it.
     model = build(config, tasks, tree).to(device)

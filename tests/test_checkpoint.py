@@ -20,7 +20,8 @@ from torch import nn
 import eval
 import train
 from tools import export
-from util.checkpoint import RUN_FILES, check_space, open_log, read_checkpoint, save, write_json
+from util.checkpoint import (RUN_FILES, check_space, load_optimizer, open_log, read_checkpoint,
+                             save, write_json)
 
 ROOT = Path(__file__).parent.parent
 TREE = [[["semseg", "depth", "normals"]]] * 2 + [[["semseg", "depth"], ["normals"]],
@@ -363,6 +364,27 @@ def test_a_spoiled_last_pt_is_refused_in_one_line(copied, what):
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
+def test_fp16_goes_on_after_steps_that_it_left_out():
+    """Its scaler skips a step whose gradient overflows, so that the optimizer counts fewer; without
+    a scaler that is another run's."""
+    def fresh():
+        net = nn.Linear(3, 3)
+        return net, train.make_optimizer(net, 0.1, 0.0), torch.amp.GradScaler("cpu", 1e38)
+    net, optimizer, scaler = fresh()
+    for _ in range(2):
+        scaler.scale(1e3 * net(torch.ones(3)).square().sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "step": 2}
+    assert {float(kept["step"]) for kept in optimizer.state.values()} <= {0.0}
+    _, optimizer, scaler = fresh()
+    load_optimizer(optimizer, scaler, state)
+    assert scaler.state_dict() == state["scaler"] and scaler.get_scale() < 1e38
+    with pytest.raises(ValueError, match="optimizer or loss scale"):
+        load_optimizer(optimizer, scaler, {**state, "scaler": {}})
+
+
 @pytest.mark.parametrize("what, change", [
     ("--seed 1, not 0", lambda s: s["config"].update(seed=1)),
     ("--tree", lambda s: s["tree"].__setitem__(2, s["tree"][1])),
@@ -443,7 +465,7 @@ def test_a_checkpoint_that_unpacks_to_more_than_itself_is_refused(whole, tmp_pat
             packed.writestr(name, stored.read(name))
     read_checkpoint(tmp_path / "stored.pt")
     message = refused(eval, "--checkpoint", tmp_path / "best.pt")
-    assert "best.pt: not a checkpoint of train.py: its parts are compressed" in message
+    assert "best.pt: is damaged, or unpacks to more than it is" in message
 
 
 STEERING = {

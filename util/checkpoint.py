@@ -150,10 +150,9 @@ def read_checkpoint(path: Path) -> dict:
     """What `save` wrote: only tensors and plain data are read. Raises ValueError."""
     with reading(path, "a checkpoint of train.py"):
         with zipfile.ZipFile(path) as parts:
-            if sum(part.file_size for part in parts.infolist()) > Path(path).stat().st_size:
-                raise ValueError("not a checkpoint of train.py: its parts are compressed")
-            if broken := parts.testzip():
-                raise ValueError(f"is damaged: the checksum of {broken} differs")
+            size = sum(part.file_size for part in parts.infolist())  # none is compressed
+            if size > Path(path).stat().st_size or parts.testzip():
+                raise ValueError("is damaged, or unpacks to more than it is")
         state = torch.load(path, map_location="cpu", weights_only=True)
         state["tree"] = [[tuple(map(int, group)) for group in stage] for stage in state["tree"]]
         check_tree(state["tree"], len(state["config"]["tasks"]))
@@ -206,7 +205,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScale
     kinds = [{(i, k): (x.shape, x.dtype) for i, kept in found.items() for k, x in kept.items()}
              for found in (own, moments)]
     done = {float(kept["step"]) for kept in moments.values()}
-    if (kinds[0] != kinds[1] or not (done <= {step} or fp16 and 0 < min(done) <= max(done) < step)
+    if (kinds[0] != kinds[1] or not (done <= {step} or fp16 and 0 <= min(done) <= max(done) < step)
             or fp16 and not 0 < fp16["scale"] < math.inf):
         raise ValueError("its optimizer or loss scale is not of this network after its step")
     optimizer.load_state_dict({**optimizer.state_dict(), "state": {i: {
