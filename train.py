@@ -162,8 +162,7 @@ def run(config: argparse.Namespace, open_data: Callable = open_dataset) -> None:
     device, amp = team.device, amp_dtype(config.amp, team.device)
     tasks = make_tasks(config.tasks, CLASSES.get(config.dataset))
     tree = read_tree(config.tree, config.tasks) if config.tree else None
-    if tree:
-        config.groups = tuple(len(partition) for partition in tree)
+    config.groups = tuple(map(len, tree or ())) or config.groups
     candidates = fit_budget(config)  # of which it takes its groups
     tree = tree or tree_without_choice(config, len(tasks))  # None: the similarity decides
     baseline = read_baseline(config, tasks) if config.baseline else None
