@@ -125,22 +125,28 @@ def reference(tasks: list, batches: Iterable, size: tuple[int, int] | None) -> d
 
 # --- the command ----------------------------------------------------------------------------------
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="With --cost, all "
-                                     "other flags are those of train.py (train.py --help).")
-    add = parser.add_argument
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="With --cost, all other flags are those of train.py (train.py --help).")
+
+    add = parser.add_argument_group("what to do", "as in the lines above").add_argument
     add("--checkpoint", type=Path, help="best.pt or last.pt of a run")
     add("--image", type=Path, nargs="+", help="predict these photos instead of evaluating")
-    add("--native", action="store_true", help="at each image's own size, not the training size")
-    add("--export-backbone", type=Path, help="write the backbone (fp16, official names) and stop; "
-        "for runs of --method full")
+    add("--native", action="store_true", help="at each image's own size: sharper, slower")
+    add("--json", action="store_true", help="print JSON instead of tables")
     add("--merge", type=Path, help="write the network with merged adapters, as a graph that needs "
         "no code of ours (torch.export), and stop")
-    add("--data-root", help="folder of the dataset, or its archive; else the recipe's")
-    add("--workers", type=int, default=min(4, os.cpu_count()), help="processes that load data")
-    add("--weights", help="where the backbone's weights are now, if not where they were")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
-    add("--json", action="store_true", help="print JSON instead of tables")
+    add("--export-backbone", type=Path, help="write the backbone (fp16, official names) and stop; "
+        "for runs of --method full")
     add("--cost", action="store_true", help="print parameters and MACs of a configuration")
+
+    add = parser.add_argument_group(
+        "this machine", "as in: --data-root /data/nyud --workers 8   where files are, how fast to "
+        "read them").add_argument
+    add("--data-root", help="folder of the dataset, or its archive; else the recipe's")
+    add("--weights", help="where the backbone's weights are now, if not where they were")
+    add("--workers", type=int, default=min(4, os.cpu_count()), help="processes that load data")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
     args, args.cost_flags = parser.parse_known_args(argv)
     if args.cost:
         if args.checkpoint or args.image:

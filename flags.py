@@ -58,13 +58,17 @@ def names(text: str) -> list[str]:
     return text.split(",")
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """With defaults, and a program's examples as they stand above it."""
+
+
 def make_parser(dataset: str, method: str,
                 shared: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """The flags under their headings, with the defaults of the recipe of `dataset` and `method`."""
     parser = argparse.ArgumentParser(
         description="Train TGLoRA on a CPU, a GPU, or several (torchrun). The defaults shown are "
         f"those of {dataset} with --method {method}.",
-        parents=[shared], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        parents=[shared], formatter_class=Help)
     switch = argparse.BooleanOptionalAction
 
     def heading(title: str, example: str) -> Callable:

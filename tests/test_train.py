@@ -2,8 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 import signal
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -15,8 +18,9 @@ from PIL import Image, ImageDraw
 
 import eval
 import train
-from util.parallel import Team
+from tools.export import load_run
 from util.draw import MARGIN, PANEL, draw_curves, draw_tree
+from util.parallel import Team
 
 ROOT = Path(__file__).parent.parent
 # Two epochs of a small network on a few rooms: seconds.
@@ -471,6 +475,85 @@ def test_five_tasks_in_one_command(tmp_path, capsys):
     metrics = json.loads((tmp_path / "bad/metrics.json").read_text())
     assert metrics["tree"] == bad and set(metrics["results"]) == set(five)
     assert "stage 3   {semseg, normals} {depth} {human_parts, sal}" in capsys.readouterr().out
+
+
+def test_a_run_begins_with_its_settings(rooms_run, tmp_path, capsys):
+    """What it is of, with what, how long, and where to, before any work."""
+    run("--out", tmp_path / "run", "--tree", rooms_run / "tree.json", "--epochs", "1")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == [
+        "tglora on rooms: semseg, depth, normals; groups 1,1,2,3; seed 0",
+        "backbone mini, weights rooms_mini.pth, rank 6, attn+mlp, images of 56x56",
+        f"1 epochs, batches of 4, learning rate 0.002, on cpu, to {tmp_path / 'run'}"]
+
+
+@pytest.mark.parametrize("flags", [
+    ["--seed", "5", "--lr", "0.003", "--no-flip", "--without", "mlp.fc1", "--scales", "1,1.5"],
+    ["--method", "bdta", "--reduction", "2", "--drop-path", "0.1"],
+    ["--method", "full", "--eval-every", "2", "--accumulate", "2"], ["--budget-gmacs", "0.2"],
+    ["--stage-similarity", "--layers", "attn+mlp+others"], ["--tree", "TREE", "--amp", "bf16"]])
+def test_resume_alone_takes_every_flag(flags, rooms_run, tmp_path, monkeypatch):
+    """To the weights of a run that was left alone; a flag of the machine may be another, one of the
+    run is refused by name."""
+    flags = [str(rooms_run / "tree.json") if flag == "TREE" else flag for flag in flags]
+    small = [f for f in SMALL if not ("bdta" in flags and f in ("--rank", "6", "--dropout", "0.1"))]
+    train.main([*small, *flags, "--out", str(tmp_path / "whole")])
+    with stopped_after_an_epoch(monkeypatch):
+        train.main([*small, *flags, "--out", str(tmp_path / "run")])
+    resume = ["--resume", "--out", str(tmp_path / "run")]
+    with pytest.raises(SystemExit, match="--epochs 2, not 3.*the same flags"):
+        train.main([*resume, "--epochs", "3"])
+    train.main([*resume, "--log-every", "7"])
+    whole, other = (torch.load(tmp_path / name / "last.pt", weights_only=True)
+                    for name in ("whole", "run"))
+    assert whole["model"].keys() == other["model"].keys()
+    assert all(x.equal(other["model"][name]) for name, x in whole["model"].items())
+    unequal = {k for k, v in whole["config"].items() if other["config"][k] != v}
+    assert unequal == {"out", "log_every"} | ({"tree"} if "--tree" in flags else set())
+
+
+def test_a_run_is_loaded_in_python(rooms_run):
+    """By its folder or a checkpoint: the network of best.pt, its tasks, its flags."""
+    model, tasks, config = load_run(str(rooms_run))
+    again, _, _ = load_run(rooms_run / "best.pt")
+    image = torch.randn(1, 3, 56, 56)
+    with torch.no_grad():
+        found, other = model.eval()(image), again.eval()(image)
+    assert [task.name for task in tasks] == config.tasks == ["semseg", "depth", "normals"]
+    assert found.keys() == set(config.tasks) and config.rank == 6
+    assert all(found[name].equal(other[name]) for name in found)
+    saved = torch.load(rooms_run / "best.pt", weights_only=True)["model"]
+    assert all(model.state_dict()[name].equal(x) for name, x in saved.items())
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--weights", "nowhere.pth"], "nowhere.pth"), (["--tree", "nowhere.json"], "nowhere.json"),
+    (["--baseline", "nowhere.json"], "nowhere.json"), ([], "already holds a run")])
+def test_wrong_files_are_said_before_any_data(flags, message, tmp_path):
+    """Weights, tree, baseline and --out: nothing is rendered or unpacked first."""
+    def never(config, split):
+        raise AssertionError("data was opened")
+
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used/log.jsonl").touch()
+    out = tmp_path / ("run" if flags else "used")
+    with pytest.raises(ValueError, match=message):
+        train.run(train.parse_arguments([*SMALL, *flags, "--out", str(out)]), never)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("program", ["train.py", "eval.py", "-m tools.bench", "-m tools.check",
+                                     "-m tools.study", "-m tools.export"])
+def test_help_teaches(program):
+    """Flags under headings with an example each, or the program's examples above few flags."""
+    done = subprocess.run([sys.executable, *program.split(), "--help"], cwd=ROOT,
+                          capture_output=True, text=True)
+    if program == "train.py":
+        assert len(re.findall(r"^  as in: --", done.stdout, re.M)) == 7
+        assert "(default: 0.002)" in done.stdout
+    else:
+        assert f"\n    python {program} --" in done.stdout or "python -m tools." in done.stdout
+        assert "\n  --" in done.stdout and done.returncode == 0
 
 
 @pytest.mark.slow

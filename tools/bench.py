@@ -32,7 +32,7 @@ from eval import predictor
 from grouping import best_partition, build_tree
 from model import build
 from pvt import build_pvt
-from flags import parse_arguments
+from flags import Help, parse_arguments
 from similarity import task_similarity
 from swin import build_swin
 from tasks import make_tasks
@@ -287,8 +287,7 @@ def show(row: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("--only", default=",".join(SECTIONS), help="comma-separated parts")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")

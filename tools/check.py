@@ -18,6 +18,7 @@ import torch
 from datasets.archives import find_dataset
 from datasets.classes import SEMSEG
 from datasets.labels import LAYOUTS, Files
+from flags import Help
 from tasks import make_tasks
 from util.run import one_line_errors, progress
 
@@ -95,7 +96,7 @@ def check_split(name: str, root: Path, split: str, tasks: list) -> tuple[list[st
 
 def main(argv: list[str] | None = None) -> None:
     """Check both splits of the dataset that the flags name; prints, and exits with a fault."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--dataset", choices=sorted(LAYOUTS), required=True, help="which one")
     parser.add_argument("--data-root", default="data", help="folder of the dataset, or its archive")
     args = parser.parse_args(argv)

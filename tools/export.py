@@ -17,7 +17,7 @@ from torch import nn
 from data import CLASSES
 from decoders import FUSED
 from model import build
-from flags import network_flags
+from flags import Help, network_flags
 from tasks import make_tasks
 from tglora import merge
 from util.checkpoint import load_trained, read_checkpoint, write_whole
@@ -62,7 +62,7 @@ def export_merged(model: nn.Module, size: tuple[int, int], path: Path) -> str:
     image = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = model.eval()(image)
-        graph = torch.export.export(merge(model), (image,), dynamic_shapes={
+        graph = torch.export.export(merge(model).requires_grad_(False), (image,), dynamic_shapes={
             "image": {0: torch.export.Dim("batch", min=1, max=1024)}})
         write_whole(path, partial(torch.export.save, graph))
         found = torch.export.load(path).module()(image)
@@ -88,7 +88,7 @@ def export_backbone(model: nn.Module, config: argparse.Namespace, path: Path) ->
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, help="best.pt or last.pt of a run")
     add("--weights", help="where the backbone's weights are now, if not where they were")

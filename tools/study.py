@@ -33,7 +33,7 @@ from torch.utils.data import Dataset
 
 import train
 from data import open_dataset
-from flags import parse_arguments, read_results
+from flags import Help, parse_arguments, read_results
 from grouping import build_tree, name_tree
 from tasks import delta_m
 from util.checkpoint import write_json
@@ -299,7 +299,7 @@ def run_study(study: Study, arms: Sequence[str], seeds: Sequence[int], rates: Pa
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False,
                                      epilog="Other flags go to train.py, for every run.")
     add = parser.add_argument
     add("--quick", action="store_true", help="three arms, one seed, the rates of docs/")
