@@ -296,9 +296,9 @@ TASKS = {task.name: task for task in (Saliency(), Edge(), Depth(), Normals(), Se
 
 def make_tasks(names: list[str], classes: int | None) -> list:
     """The tasks called `names`, in that order; classes: of the dataset's semseg."""
-    for name in names:
-        if name not in TASKS:
-            raise ValueError(f"unknown task {name!r} (README, Your own task); expected {', '.join(TASKS)}")
+    if unknown := [name for name in names if name not in TASKS]:
+        raise ValueError(f"unknown task {unknown[0]!r}; expected some of {', '.join(TASKS)}, or "
+                         "your own, imported first (README, Your own task)")
     if not names or len(set(names)) != len(names):
         raise ValueError(f"tasks {','.join(names)!r}: expected each at most once, and at least one")
     tasks = [copy(TASKS[name]) for name in names]
