@@ -298,10 +298,9 @@ TASKS = {task.name: task for task in (Saliency(), Edge(), Depth(), Normals(), Se
 
 def make_tasks(names: list[str], classes: int | Sequence[str] | None) -> list:
     """The tasks called `names`, in that order; classes: the dataset's of semseg, or how many."""
-    for name in names:
-        if name not in TASKS:
-            raise ValueError(f"unknown task {name!r}; expected some of {', '.join(TASKS)}, or one "
-                             "of your own (README)")
+    if unknown := [name for name in names if name not in TASKS]:
+        raise ValueError(f"unknown task {unknown[0]!r}; expected some of {', '.join(TASKS)}, or "
+                         "your own, imported first (README, Your own task)")
     if not names or len(set(names)) != len(names):
         raise ValueError(f"tasks {','.join(names)!r}: expected each at most once, and at least one")
     if classes is None and None in [TASKS[name].outputs for name in names]:

@@ -142,4 +142,5 @@ def one_line_errors() -> Iterator[None]:
     except (ValueError, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
             raise
-        raise SystemExit(f"error: {str(error).strip().splitlines()[-1]}") from error
+        line = str(error).strip().splitlines()[-1]  # a worker's comes with its trace
+        raise SystemExit(f"error: {line.removeprefix('ValueError: ')}") from error
