@@ -251,7 +251,7 @@ def test_links_lead_to_files_and_headings_that_exist(page):
 def test_bad_input_exits_with_one_line_and_an_error_code():
     """As a shell sees it: nothing but the error, and a status that is not 0."""
     done = subprocess.run([sys.executable, ROOT / "train.py", "--dataset", "nyud", "--data-root",
-                           "nowhere"], capture_output=True, text=True, cwd=ROOT / "tests")
+                           "nowhere", "--weights", "none"], capture_output=True, text=True, cwd=ROOT / "tests")
     assert done.returncode == 1
     assert done.stderr.startswith("error: nyud: nowhere does not exist")
     assert done.stderr.count("\n") == 1

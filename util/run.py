@@ -142,5 +142,5 @@ def one_line_errors() -> Iterator[None]:
     except (ValueError, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
             raise
-        line = str(error).strip().splitlines()[-1]  # a worker's comes with its trace
+        line = (str(error).strip() or repr(error)).splitlines()[-1]  # a worker's ends its trace
         raise SystemExit(f"error: {line.removeprefix('ValueError: ')}") from error
