@@ -189,9 +189,6 @@ def parse_arguments(argv: list[str] | None = None, resumed: bool = False) -> arg
         if not low <= (getattr(config, name) or 0) <= high:
             parser.error(f"--{name.replace('_', '-')} must be at least {low}"
                          + f" and at most {high}" * (name in AT_MOST))
-    if config.weights == RECIPES["rooms"]["weights"] and config.backbone != "mini":
-        parser.error(f"--weights {config.weights} is of --backbone mini; with {config.backbone}, "
-                     "give --weights imagenet (a download), none (random) or a checkpoint's path")
     if len(config.groups) != 4:
         parser.error("--groups needs four numbers, one for each stage of the backbone")
     for name, low in (("size", 32), ("fused", 1)):

@@ -140,6 +140,9 @@ def build(config: Any, tasks: Sequence, tree: Sequence[Partition]) -> nn.Module:
     if name.startswith("pvt_v2_"):  # as the field names its presets: pvt_v2_b2
         name, make, load = name.removeprefix("pvt_v2_"), pvt.build_pvt, pvt.load_weights
     backbone = make(name, drop_path=config.drop_path)
+    if config.weights == "rooms_mini.pth" and name != "mini":
+        raise ValueError(f"weights rooms_mini.pth are of --backbone mini; with {config.backbone}, "
+                         "give --weights imagenet (a download), none (random) or a file's path")
     if config.weights != "none":
         load(backbone, config.weights, name)
     model = METHODS[config.method](backbone, tasks, tree, config)

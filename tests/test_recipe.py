@@ -302,15 +302,6 @@ def seen(tmp_path_factory):
     return seen
 
 
-def test_another_backbone_on_rooms_is_told_what_to_type(capsys):
-    """The shipped weights are of mini alone: said at once, with what would do."""
-    with pytest.raises(SystemExit):
-        train.parse_arguments(["--backbone", "tiny"])
-    assert ("error: --weights rooms_mini.pth is of --backbone mini; with tiny, give --weights "
-            "imagenet (a download), none (random) or a checkpoint's path") in capsys.readouterr().err
-    assert train.parse_arguments(["--backbone", "tiny", "--weights", "none"]).backbone == "tiny"
-
-
 def test_no_flag_is_forgotten():
     """Each is in the run above, or looked at elsewhere."""
     here = {name.removeprefix("no-").replace("-", "_") for name in FLAGS}

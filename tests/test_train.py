@@ -587,11 +587,13 @@ ALL = ["semseg", "depth", "normals"]
     (["--weights", "nowhere.pth"], "no file nowhere.pth"),
     (["--tree", "nowhere.json"], "cannot read nowhere.json"),
     (["--baseline", "nowhere.json"], "nowhere.json"),
-    (["--dataset", "nyud", "--data-root", "nowhere"], "nyud: nowhere does not exist"),
+    (["--dataset", "nyud", "--weights", "none", "--data-root", "nowhere"], "nyud: nowhere does not exist"),
     (["--device", "gpu"], "--device gpu cannot be used here"),
     (["--device", "meta"], "--device meta cannot be used here"),
     (["--weights", "imagenet"], "none from imagenet for backbone mini"),
-    (["--dataset", "nyud", "--data-root", __file__], "cannot unpack"),
+    (["--dataset", "nyud", "--weights", "none", "--data-root", __file__], "cannot unpack"),
+    (["--backbone", "tiny"], "of --backbone mini; with tiny, give --weights imagenet (a download), "
+     "none (random)"),
 ])
 def test_bad_flags_are_one_line_errors(tmp_path, flags, message):
     assert message in refused(*flags, "--out", tmp_path / "run")
