@@ -434,12 +434,17 @@ def test_two_runs_never_share_a_folder(whole, tmp_path):
     while not (out / "log.jsonl").exists():
         assert process.is_alive()
         time.sleep(0.02)
-    for more in ([], ["--resume"]):
-        assert "another run is at work" in refused(train, *FLAGS, *flags, "--out", out, *more)
+    os.kill(process.pid, signal.SIGSTOP)  # at work, but writing nothing now
+    flags += ["--out", out]
+    assert "another run is at work" in refused(train, *FLAGS, *flags, "--resume")
+    assert "already holds a run" in refused(train, *FLAGS, *flags)
+    for name in RUN_FILES:
+        (out / name).unlink(missing_ok=True)
+    assert "another run is at work" in refused(train, *FLAGS, *flags)
     process.kill()
     process.join()
-    second = start(out, *flags)
-    while not (out / "log.jsonl").read_text():
+    second = start(out, *flags[:-2])
+    while not (out / "log.jsonl").exists() or not (out / "log.jsonl").read_text():
         assert second.is_alive()
         time.sleep(0.02)
     second.kill()
@@ -506,5 +511,5 @@ def test_a_checkpoint_does_not_steer_the_machine(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(eval, "loader", load)
     monkeypatch.setattr(eval, "open_dataset", open_it)
     eval.main(["--checkpoint", str(tmp_path / "best.pt"), "--workers", "3", "--device", "cpu"])
-    assert asked == [("data", False), ("Rooms", 3)]
+    assert asked == [("data", False), ("Checked", 3)]
     assert not (tmp_path / "made").exists()
