@@ -489,9 +489,9 @@ def test_a_run_begins_with_its_settings(rooms_run, tmp_path, capsys):
 
 @pytest.mark.parametrize("flags", [
     ["--seed", "5", "--lr", "0.003", "--no-flip", "--without", "mlp.fc1", "--scales", "1,1.5"],
-    ["--method", "bdta", "--reduction", "2", "--drop-path", "0.1"],
-    ["--method", "full", "--eval-every", "2", "--accumulate", "2"], ["--budget-gmacs", "0.2"],
-    ["--stage-similarity", "--layers", "attn+mlp+others"], ["--tree", "TREE", "--amp", "bf16"]])
+    ["--method", "bdta", "--reduction", "2", "--drop-path", "0.1", "--accumulate", "2"],
+    ["--budget-gmacs", "0.2", "--stage-similarity", "--eval-every", "2"],
+    ["--tree", "TREE", "--layers", "attn+mlp+others", "--amp", "bf16"]])
 def test_resume_alone_takes_every_flag(flags, rooms_run, tmp_path, monkeypatch):
     """To the weights of a run that was left alone; a flag of the machine may be another, one of the
     run is refused by name."""

@@ -178,7 +178,7 @@ def draw_tree(path: Path, source: Path) -> None:
         box(-1, row * (i + 1), [tasks[t]])
         for j, u in enumerate(map(tasks.index, order)):
             value, error = sim[t][u], saved["standard_error"][t][u]
-            text = f"{value:.3f} ± {error:.3f}" if error else f"{value:.3f}"  # the diagonal has none
+            text = f"{value:.3f} ± {error:.3f}" if error else f"{value:.3f}"  # none on the diagonal
             dim = round(255 - 120 * abs(value) ** 0.5)
             box(j, row * (i + 1), [text], fill=(dim, dim, 255) if value > 0 else (255, dim, dim))
     for i, stage in enumerate(tree):
