@@ -41,8 +41,7 @@ def find_dataset(name: str, source: Path, fetch: bool = False) -> Path:
     fetch: download the archive into `source` when nothing is there. Raises ValueError.
     """
     source, known = Path(source), SOURCES[name]
-    if source.is_file():
-        return find_dataset(name, unpack(name, source))
+    archives = [source, *(source / archive for archive in known["archives"])]
     folders = [source, *sorted(source.glob("*/")), *sorted(source.glob("*/*/"))]
     found = [folder for folder in folders if (folder / known["marker"]).is_dir()]
     if len(found) > 1:
@@ -50,19 +49,16 @@ def find_dataset(name: str, source: Path, fetch: bool = False) -> Path:
                          "with --data-root")
     if found:
         return found[0]
-    for archive in known["archives"]:
-        if (source / archive).is_file():
-            return find_dataset(name, unpack(name, source / archive))
+    for archive in filter(Path.is_file, archives):
+        return find_dataset(name, unpack(name, archive))
     if fetch:
         source.mkdir(parents=True, exist_ok=True)
-        archive = source / known["archives"][0]
-        download(known["url"], archive, known["documented"])
+        download(known["url"], archives[1], known["documented"])
         try:
-            folder = unpack(name, archive)
+            return find_dataset(name, archives[1])
         except ValueError:
-            archive.unlink()  # what came is not the dataset: the next try shall not find it
+            archives[1].unlink()  # what came is not the dataset: the next try shall not find it
             raise
-        return find_dataset(name, folder)
     state = (f"holds neither {known['marker']}/ nor an archive" if source.is_dir() else
              "does not exist")
     raise ValueError(f"{name}: {source} {state}; give the dataset's folder or archive "
@@ -73,8 +69,7 @@ def find_dataset(name: str, source: Path, fetch: bool = False) -> Path:
 def fingerprint(path: Path) -> str:
     """Eight hex digits of a file's path, size and time of change, to name what is made of it."""
     stat = path.stat()
-    key = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
-    return f"{zlib.crc32(os.fsencode(key)):08x}"
+    return f"{zlib.crc32(os.fsencode(f'{path.resolve()} {stat.st_size} {stat.st_mtime_ns}')):08x}"
 
 
 def unpack(name: str, archive: Path, into: Path | None = None) -> Path:

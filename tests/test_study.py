@@ -194,7 +194,8 @@ def test_what_was_asked():
 
 
 def test_arms_have_one_budget():
-    """Every arm with adapters has as many of their parameters as TGLoRA, MTLoRA within 5 %."""
+    """Every arm with adapters has as many of their parameters as TGLoRA, MTLoRA within 5 %; BDTA
+    as many as its paper's r = 4 gives, which is the nearest."""
     flags = study.SETTINGS["rooms"].split() + ["--weights", "none"]
     config, counts = study.parse_arguments(flags), {}
     for arm, own in study.ARMS.items():
@@ -202,6 +203,7 @@ def test_arms_have_one_budget():
         cost = costs(*flags, *own(config).split(), *tasks)
         counts[arm] = cost["adapters"] * (len(config.tasks) if arm in study.ALONE else 1)
     assert counts.pop("mtlora") == pytest.approx(counts["tglora"], rel=0.05)
+    assert counts.pop("bdta") == 291_744
     assert [counts.pop(arm) for arm in ("single-full", "multi-full", "decoders")] == [0, 0, 0]
     assert set(counts.values()) == {307_200}
     whole = costs(*flags, "--method", "full")["trainable"]

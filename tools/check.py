@@ -104,14 +104,13 @@ def main(argv: list[str] | None = None) -> None:
     tasks = make_tasks(kinds, SEMSEG[args.dataset])
     with one_line_errors():
         root = find_dataset(args.dataset, args.data_root)
-        wrong, train_text, train_ids = check_split(args.dataset, root, "train", tasks)
-        wrong_val, val_text, val_ids = check_split(args.dataset, root, "val", tasks)
-    wrong = wrong + wrong_val
-    both = sorted(set(train_ids) & set(val_ids))
+        faults, texts, ids = zip(*(check_split(args.dataset, root, split, tasks)
+                                   for split in ("train", "val")))
+    wrong, both = sum(faults, []), sorted(set(ids[0]) & set(ids[1]))
     if both:
         wrong.append(f"{args.dataset}: {len(both)} images are in train and in val: "
                      f"{', '.join(both[:6])}")
-    print("\n".join([train_text, val_text, *wrong]))
+    print("\n".join([*texts, *wrong]))
     if wrong:
         raise SystemExit(f"{root} is not usable: {len(wrong)} faults, named above")
     print(f"{root} is usable")

@@ -43,9 +43,8 @@ from util.run import one_line_errors, progress, reading
 
 # --- what is asked, fixed before the reported seeds were run --------------------------------------
 CHOICE, REPORTED, FEW = (0,), (10, 11, 12, 13, 14), (10, 11)  # seeds; for side questions
-SETTINGS = {"rooms": ("--tasks semseg,human_parts,sal,depth,normals --rank 20 --batch-size 4 "
-                      "--train-rooms 300 --epochs 2 --eval-every 2 --val-rooms 256 "
-                      "--sim-images 128")}
+SETTINGS = {"rooms": "--tasks semseg,human_parts,sal,depth,normals --batch-size 4 --sim-images 128 "
+                     "--train-rooms 300 --epochs 2 --eval-every 2 --val-rooms 256"}
 ALONE = ("single-full", "single-lora")  # a network for each task
 ARMS: dict[str, Callable[[argparse.Namespace], str]] = {  # the study's flags -> the arm's
     "single-full": lambda c: "--method full",  # the first is delta-m's baseline
@@ -59,6 +58,7 @@ ARMS: dict[str, Callable[[argparse.Namespace], str]] = {  # the study's flags ->
     "least-similar": lambda c: "",
     "random": lambda c: "",
     "mtlora": lambda c: "--method mtlora" + " --rank 12" * (c.dataset == "rooms"),  # as many
+    "bdta": lambda c: "--method bdta",
 }
 TREES = {"tglora": lambda sim, seed: sim,           # by the similarity of the same seed
          "least-similar": lambda sim, seed: -sim,   # the least score, at the same groups

@@ -137,9 +137,8 @@ def open_log(path: Path, step: int):
     kept = []
     if path.exists() and step:
         with reading(path, "a log of train.py"):
-            lines = path.read_text().splitlines(True)
-            if lines and not lines[-1].endswith("\n"):  # which a crash cut short
-                del lines[-1]
+            text = path.read_text()
+            lines = text[:text.rfind("\n") + 1].splitlines(True)  # a crash may cut the last one
             kept = [line for line in lines if json.loads(line)["step"] <= step]
     write_whole(path, lambda file: file.write("".join(kept).encode()))
     return open(path, "a", buffering=1)
