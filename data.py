@@ -24,6 +24,8 @@ from tasks import IGNORE, TASKS, make_tasks
 from util.run import progress
 
 KINDS = ("classes", "values", "distances", "directions")  # of tasks: see tasks.py
+OF_A_TASK = ("weight metric higher_is_better outputs valid totals loss sums metrics best_constant "
+             "colours").split()
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as the backbone expects
 CLASSES = {"rooms": ROOM_CLASSES, **SEMSEG}  # of semseg, by name
 
@@ -67,6 +69,9 @@ class Checked(Dataset):
             if task.kind not in KINDS:
                 raise ValueError(f"task {task.name} is of kind {task.kind!r}; expected one of "
                                  f"{', '.join(KINDS)}")
+            shape = "classes" if task.kind == "classes" else "channels"
+            if lacks := [part for part in (shape, *OF_A_TASK) if not hasattr(task, part)]:
+                raise ValueError(f"task {task.name} has no {', '.join(lacks)}: see tasks.py")
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -4,6 +4,7 @@ import os
 import shutil
 import zlib
 from argparse import Namespace
+from copy import copy
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from data import (CLASSES, DATASETS, Checked, Files, Rooms, collate, draw_augmentation,
+from data import (CLASSES, DATASETS, OF_A_TASK, Checked, Files, Rooms, collate, draw_augmentation,
                   epoch_batches, loader, open_dataset, warp)
 from datasets import labels
 from datasets.archives import find_dataset
@@ -279,10 +280,11 @@ def test_the_warp_equals_a_plain_one():
 
 
 # --- tasks and datasets of one's own ---
-OWN = {"things": SimpleNamespace(name="things", kind="classes", classes=7, outputs=7),
-       "range": SimpleNamespace(name="range", kind="distances", channels=1, outputs=1),
-       "flow": SimpleNamespace(name="flow", kind="directions", channels=3, outputs=3),
-       "height": SimpleNamespace(name="height", kind="values", channels=1, outputs=1)}
+OWN = {name: SimpleNamespace(**{**dict.fromkeys(OF_A_TASK), "name": name, **own}) for name, own in {
+    "things": dict(kind="classes", classes=7, outputs=7),
+    "range": dict(kind="distances", channels=1, outputs=1),
+    "flow": dict(kind="directions", channels=3, outputs=3),
+    "height": dict(kind="values", channels=1, outputs=1)}.items()}
 
 
 @pytest.fixture
@@ -363,6 +365,17 @@ def test_datasets_are_opened_by_name(own, monkeypatch):
     monkeypatch.setattr(OWN["height"], "kind", "heights")
     with pytest.raises(ValueError, match="task height is of kind 'heights'; expected one of cl"):
         open_dataset(config, "val")
+
+
+@pytest.mark.parametrize("name, part", [("height", "channels"), ("things", "classes"),
+                                        *(("height", part) for part in OF_A_TASK)])
+def test_an_own_task_is_looked_at_before_it_is_trained(name, part):
+    """What it lacks is said by name, not by a trace after the first epoch."""
+    task = copy(OWN[name])
+    Checked("mine", [], [task])
+    delattr(task, part)
+    with pytest.raises(ValueError, match=f"^task {name} has no {part}: see tasks.py$"):
+        Checked("mine", [], [task])
 
 
 # --- batches ---
