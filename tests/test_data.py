@@ -367,11 +367,13 @@ def test_datasets_are_opened_by_name(own, monkeypatch):
         open_dataset(config, "val")
 
 
-@pytest.mark.parametrize("name, part", [("height", "channels"), ("things", "classes"),
-                                        *(("height", part) for part in OF_A_TASK)])
+@pytest.mark.parametrize("name, part", [("height", "channels"), ("things", "classes"), *(
+    ("height", part) for part in ("weight", "metric", "higher_is_better", "outputs", "valid",
+                                  "totals", "loss", "sums", "metrics", "best_constant", "colours"))])
 def test_an_own_task_is_looked_at_before_it_is_trained(name, part):
     """What it lacks is said by name, not by a trace after the first epoch."""
     task = copy(OWN[name])
+    setattr(task, part, None)
     Checked("mine", [], [task])
     delattr(task, part)
     with pytest.raises(ValueError, match=f"^task {name} has no {part}: see tasks.py$"):
