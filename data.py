@@ -1,14 +1,21 @@
-"""From samples to batches, and the one augmentation warp.
+"""From a dataset to training batches: check samples, collate them, and augment with one warp.
 
-A sample is a dict of tensors at the image's own size: image (3, H, W) uint8, and a label for each
-task, of which the task's kind says what it is (tasks.py): classes (H, W) with 255 = ignore, or
-floats (channels, H, W) with 0 = invalid. `Checked` makes sure of it. `collate` pads a batch to its
-largest image; `warp` then cuts, on the training device and with one grid, the image (bilinear) and
-all labels (nearest) to the training size, augmented or not. Where samples come from:
-datasets/rooms.py renders them, datasets/labels.py reads them, one's own is one more in DATASETS.
+A sample is a dict of tensors at the image's own size: "image" (3, H, W) uint8, and one label per
+task, as the task's kind says (tasks.py). `Checked` makes sure of that, `collate` pads a batch to
+its largest image, and `warp` cuts image and labels to the training size on the training device.
+All of them go through one sampling grid, so they stay aligned: the image is interpolated
+bilinearly, and a label takes the nearest pixel.
+
+    dataset = open_dataset(config, "train")
+    batches = epoch_batches(len(dataset), batch_size=6, epochs=300, seed=0)
+    for batch in loader(dataset, batches, workers=4):
+        augmentation = draw_augmentation(6, flip=True, scales=(1.0, 1.2, 1.5), rotate=0.0)
+        image, labels = warp(batch, (448, 448), "cuda", **augmentation)
+
+rooms.py renders samples, nyud_pascal.py reads them. Your own dataset is one more entry in DATASETS.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -16,20 +23,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from datasets.archives import find_dataset
-from datasets.classes import SEMSEG
-from datasets.labels import Files
-from datasets.rooms import ROOM_CLASSES, Rooms
+from nyud_pascal import SEMSEG, Files, find_dataset
+from rooms import ROOM_CLASSES, Rooms
 from tasks import IGNORE, TASKS, make_tasks
-from util.run import progress
+from util import progress
 
-KINDS = ("classes", "values", "distances", "directions")  # of tasks: see tasks.py
-OF_A_TASK = ("weight metric higher_is_better outputs valid totals loss sums metrics best_constant "
-             "colours").split()
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as the backbone expects
-CLASSES = {"rooms": ROOM_CLASSES, **SEMSEG}  # of semseg, by name
+KINDS = ("classes", "values", "distances", "directions")      # of labels: see tasks.py
+MEAN = (0.485, 0.456, 0.406)                # of ImageNet, as the pretrained backbone expects
+STD = (0.229, 0.224, 0.225)
+CLASSES = {"rooms": ROOM_CLASSES, **SEMSEG}                   # of semseg, per dataset
 
 
+# --- datasets -------------------------------------------------------------------------------------
 def open_rooms(config, split: str) -> Dataset:
     length = config.train_rooms if split == "train" else config.val_rooms
     return Rooms(split, config.tasks, length, config.size)
@@ -40,93 +45,113 @@ def open_files(config, split: str) -> Dataset:
     return Files(config.dataset, root, split, config.tasks)
 
 
-DATASETS = {"rooms": open_rooms, "nyud": open_files, "pascal": open_files}  # (config, split)
+# A dataset is opened by a function of (config, "train" or "val").
+DATASETS = {"rooms": open_rooms, "nyud": open_files, "pascal": open_files}
 
 
 def open_dataset(config, split: str) -> Dataset:
-    """The "train" or "val" split that `config`'s attributes name, in memory if they ask for it."""
+    """The "train" or "val" split of `config.dataset`, checked. Raises ValueError.
+
+    Reads these attributes of config: dataset, tasks, cache, and those that the dataset needs.
+    """
     if config.dataset not in DATASETS:
         raise ValueError(f"unknown dataset {config.dataset!r}; expected one of "
-                         f"{', '.join(DATASETS)}, or one that was put into data.DATASETS")
+                         f"{', '.join(DATASETS)}, or your own, added to data.DATASETS")
     tasks = make_tasks(config.tasks, CLASSES.get(config.dataset))
     dataset = DATASETS[config.dataset](config, split)
+    if len(dataset) == 0:
+        raise ValueError(f"{config.dataset}: the {split} split has no images")
     dataset = Checked(f"{config.dataset} {split}", dataset, tasks)
-    if not len(dataset):
-        raise ValueError(f"{config.dataset}: no image for {split} under {config.data_root}")
     return InMemory(dataset) if config.cache else dataset
 
 
 class Checked(Dataset):
-    """The image and the labels of `tasks` of each sample of `dataset`, called `name` in errors.
+    """The image and the labels of `tasks` of each sample, or a ValueError that names the sample.
 
-    They may come as arrays, and a single channel without its axis; a value that is not finite
-    becomes 0, invalid. ValueError where a label is not what its task's kind says.
+    Labels may be numpy arrays, and (H, W) instead of (1, H, W). A value that is not finite becomes
+    0, which is invalid. name: the dataset's, for error messages.
     """
 
     def __init__(self, name: str, dataset: Dataset, tasks: list):
-        self.name, self.dataset, self.tasks = name, dataset, tasks
         for task in tasks:
             if task.kind not in KINDS:
-                raise ValueError(f"task {task.name} is of kind {task.kind!r}; expected one of "
+                raise ValueError(f"task {task.name} has kind {task.kind!r}; expected one of "
                                  f"{', '.join(KINDS)}")
-            shape = "classes" if task.kind == "classes" else "channels"
-            if lacks := [part for part in (shape, *OF_A_TASK) if not hasattr(task, part)]:
-                raise ValueError(f"task {task.name} has no {', '.join(lacks)}: see tasks.py")
+        self.name = name
+        self.dataset = dataset
+        self.tasks = tasks
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
-        sample = self.dataset[i]
-        missing = {"image", *(task.name for task in self.tasks)} - sample.keys()
-        if missing:
-            raise ValueError(f"{self.name}: sample {i} has no {', '.join(sorted(missing))}; it has "
-                             f"{', '.join(sample)}")
-        image = torch.as_tensor(sample["image"])
-        if image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3:
-            raise ValueError(f"{self.name}: sample {i}: its image is {described(image)}; expected "
-                             "(3, H, W) of uint8")
         try:
-            labels = {task.name: as_label(task, sample[task.name], image.shape[1:])
-                      for task in self.tasks}
-        except ValueError as error:
-            raise ValueError(f"{self.name}: sample {i}: {error}") from None
-        return {"image": image, **labels}
+            return check_sample(self.dataset[i], self.tasks)
+        except StopIteration as error:                        # a loader would take it for the end
+            raise RuntimeError(f"{self.name}: sample {i}: StopIteration") from error
+        except (ValueError, OSError) as error:
+            message = " ".join((str(error) or repr(error)).split())     # all of its lines, on one
+            raise ValueError(f"{self.name}: sample {i}: {message}") from error
+        except Exception as error:                            # a bug, which keeps its traceback
+            error.add_note(f"{self.name}: sample {i}")
+            raise
+
+
+def check_sample(sample: dict, tasks: list) -> dict[str, Tensor]:
+    """The sample's image and labels as tensors. Raises ValueError if one is missing or wrong."""
+    if not isinstance(sample, dict):
+        raise ValueError(f"it is a {type(sample).__name__}; expected a dict of image and labels")
+    tensors = {}
+    for name in ("image", *(task.name for task in tasks)):
+        if name not in sample:
+            raise ValueError(f"it has no {name}; it has {', '.join(sample)}")
+        try:
+            tensors[name] = torch.as_tensor(sample[name]).detach()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"its {name} cannot become a tensor: {error}") from error
+    image = tensors["image"]
+    if image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3 or image.numel() == 0:
+        raise ValueError(f"its image is {described(image)}; expected (3, H, W) of uint8")
+    checked = {"image": image}
+    for task in tasks:
+        checked[task.name] = check_label(task, tensors[task.name], tuple(image.shape[1:]))
+    return checked
+
+
+def check_label(task, label: Tensor, size: tuple[int, int]) -> Tensor:
+    """One label as (H, W) uint8 of classes or (C, H, W) float32. Raises ValueError."""
+    problem = f"its {task.name} is {described(label)}; expected"
+    if task.kind == "classes":
+        if label.is_floating_point() or label.shape != size:
+            raise ValueError(f"{problem} {size} of integers, the classes")
+        label = label.long()
+        wrong = label[(label != IGNORE) & ((label < 0) | (label >= task.classes))]
+        if len(wrong):
+            raise ValueError(f"its {task.name} contains class {wrong[0]}; expected 0 to "
+                             f"{task.classes - 1}, or {IGNORE} = ignore")
+        return label.to(torch.uint8)
+
+    if not label.is_floating_point():       # depth in millimetres must not pass as metres
+        raise ValueError(f"{problem} floats; if these are millimetres, convert them to metres: "
+                         "label.astype(numpy.float32) / 1000")
+    if label.ndim == 2:
+        label = label[None]
+    if label.shape != (task.channels, *size):
+        raise ValueError(f"{problem} {(task.channels, *size)} of floats, as its image is {size}")
+    return label.float().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def described(x: Tensor) -> str:
     return f"{tuple(x.shape)} of {str(x.dtype).removeprefix('torch.')}"
 
 
-def as_label(task, label, size: Sequence[int]) -> Tensor:
-    """`label` of an image of `size` (H, W), as the kind of `task` has it: see tasks.py."""
-    label, size = torch.as_tensor(label), tuple(size)
-    floats, classes = label.is_floating_point(), task.kind == "classes"
-    if floats and not classes and label.ndim == 2:
-        label = label[None]
-    shape = size if classes else (task.channels, *size)
-    if floats == classes or label.shape != shape:
-        raise ValueError(f"its {task.name} is {described(label)}; expected {shape} of "
-                         f"{'integers' if classes else 'floats'}, as a task of {task.kind}")
-    if not classes:
-        return label.float().where(label.isfinite(), 0)
-    label = label.long()
-    wrong = label[(label != IGNORE) & ((label < 0) | (label >= task.classes))]
-    if len(wrong):
-        raise ValueError(f"its {task.name} holds class {wrong[0]}; expected 0 to "
-                         f"{task.classes - 1}, or {IGNORE} = ignore")
-    return label.to(torch.uint8)
-
-
-# --- batches --------------------------------------------------------------------------------------
 class InMemory(Dataset):
-    """Every sample of `dataset`, decoded once and kept; workers share it by forking."""
+    """All samples of `dataset`, read once and kept in memory (--cache)."""
 
     def __init__(self, dataset: Dataset):
         self.samples = []
-        for i in range(len(dataset)):
+        for i in progress(range(len(dataset)), "reading into memory"):
             self.samples.append(dataset[i])
-            progress(f"in memory: {i + 1} of {len(dataset)} samples", i == len(dataset) - 1)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -135,116 +160,140 @@ class InMemory(Dataset):
         return self.samples[i]
 
 
+# --- batches --------------------------------------------------------------------------------------
 def collate(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Stack samples, padded at the right and bottom to the largest; "size" (B, 2) keeps H, W."""
+    """Stack samples, padded at the right and bottom to the largest.
+
+    "size" (B, 2) keeps each image's own H, W, so that `warp` never looks at the padding.
+    """
     size = torch.tensor([sample["image"].shape[1:] for sample in samples])
     H, W = size.amax(0).tolist()
-
-    def padded(x: Tensor) -> Tensor:  # which `warp` never looks at
-        return F.pad(x, (0, W - x.shape[-1], 0, H - x.shape[-2]))
-
-    batch = {k: torch.stack([padded(sample[k]) for sample in samples]) for k in samples[0]}
-    return {"size": size, **batch}
+    batch = {"size": size}
+    for name in samples[0]:
+        padded = []
+        for sample in samples:
+            x = sample[name]
+            padded.append(F.pad(x, (0, W - x.shape[-1], 0, H - x.shape[-2])))
+        batch[name] = torch.stack(padded)
+    return batch
 
 
 def epoch_batches(length: int, batch_size: int, epochs: int, seed: int) -> list[list[int]]:
-    """All batches of a run: epoch e is shuffled by (seed, e), and short last batches are left out.
+    """The sample indices of every batch of a run. An incomplete last batch of an epoch is dropped.
 
-    Step i of any run with this seed sees the same images, so resuming is slicing the list.
+    Each epoch is shuffled by (seed, epoch). Step i sees the same images in every run with this
+    seed, so resuming a run means slicing this list.
     """
     batch_size = min(batch_size, length)
     batches = []
     for epoch in range(epochs):
-        order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(length).tolist()
-        batches += [order[i:i + batch_size] for i in range(0, length - batch_size + 1, batch_size)]
+        generator = np.random.Generator(np.random.PCG64([seed, epoch]))
+        order = generator.permutation(length).tolist()
+        for i in range(0, length - batch_size + 1, batch_size):
+            batches.append(order[i:i + batch_size])
     return batches
 
 
 def loader(dataset: Dataset, batches: list[list[int]], workers: int = 0) -> DataLoader:
-    """Collated batches, in order. Samples hold no randomness, so neither do the workers."""
+    """Collated batches in the given order, read by `workers` processes (0: by this one).
+
+    Samples contain no randomness, so the number of workers never changes a result.
+    """
+    if isinstance(dataset, InMemory):
+        workers = 0                         # each would get its own copy, and has nothing to read
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate,
                       pin_memory=torch.cuda.is_available())
-
-
-class ToDevice:
-    """`batches`, re-iterable as they are, with their tensors on `device`."""
-
-    def __init__(self, batches: Iterable, device: torch.device):
-        self.batches, self.device = batches, device
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for batch in self.batches:
-            yield {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
 
 
 # --- the warp -------------------------------------------------------------------------------------
 def draw_augmentation(B: int, flip: bool, scales: Sequence[float],
                       rotate: float) -> dict[str, Tensor]:
-    """Random flips, zooms (one of `scales`), turns up to +-`rotate` degrees and places of the cut
-    for a batch, as `warp` takes them."""
+    """Random arguments of `warp` for B images: half of them flipped (if `flip`), zoomed by one of
+    `scales`, turned by up to `rotate` degrees either way, and cut out anywhere in the image."""
     scale = torch.tensor(scales)[torch.randint(len(scales), (B,))]
     flipped = (torch.rand(B) < 0.5) & flip
     place = torch.rand(B, 2) * 2 - 1
-    centre = place * (1 - 1 / scale.clamp(min=1))[:, None]  # the cut stays in the image
+    reach = 1 - 1 / scale.clamp(min=1)                        # as far as the cut fits the image
+    centre = place * reach[:, None]
     angle = (torch.rand(B) * 2 - 1) * rotate
     return {"flip": flipped, "scale": scale, "centre": centre, "angle": angle}
 
 
-def warp(batch: dict[str, Tensor], size: Sequence[int], flip: Tensor | None = None,
-         scale: Tensor | None = None, centre: Tensor | None = None,
-         angle: Tensor | None = None) -> tuple[Tensor, dict]:
-    """Cut a batch to (h, w), one sampling grid for the image and all labels.
+def warp(batch: dict[str, Tensor], size: Sequence[int], device: torch.device | str = "cpu",
+         flip: Tensor | None = None, scale: Tensor | None = None, centre: Tensor | None = None,
+         angle: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    """Move a batch to `device`, and cut it to size (h, w) through one grid for image and labels.
 
-    flip (B,) bool mirrors left and right; scale (B,) zooms in; centre (B, 2) is the middle of
-    the cut, x and y in -1..1 of the image; angle (B,), in degrees, turns the picture counter-
-    clockwise. Values change as their task's kind says. Without them, a plain resize. What lies
-    outside the image is invalid, and 0 in the normalised image.
-    Returns the image (B, 3, h, w), normalised, and the labels, as tasks.py wants them.
+    flip: (B,) bool, mirror left and right.
+    scale: (B,), zoom in by this factor, which divides distances by it.
+    centre: (B, 2), the middle of the cut, x and y in -1..1 of the image.
+    angle: (B,), degrees by which the image turns counter-clockwise; directions turn with it.
+    Without them this is a plain resize. Outside the image, labels are invalid and the image is 0.
+    Returns the normalised image (B, 3, h, w), and the labels in the form tasks.py expects.
     """
-    image, B = batch["image"], len(batch["image"])
+    B, _, H, W = batch["image"].shape
+    h, w = size
+    flip = torch.zeros(B) if flip is None else flip
+    scale = torch.ones(B) if scale is None else scale
+    centre = torch.zeros(B, 2) if centre is None else centre
+    angle = torch.zeros(B) if angle is None else angle
 
-    def on_device(numbers) -> Tensor:  # the CPU does not wait for a GPU to take them
-        return torch.as_tensor(numbers).to(image.device, non_blocking=True)
+    def send(x) -> Tensor:                  # non_blocking: the CPU does not wait for the GPU
+        return torch.as_tensor(x).to(device, non_blocking=True)
 
-    zero = torch.zeros(B, device=image.device)
-    zoom = zero + 1 if scale is None else on_device(scale)
-    mirror = 1 - 2 * (zero if flip is None else on_device(flip).float())
-    centre = zero[:, None, None] if centre is None else on_device(centre)[:, None]
-    angle = zero if angle is None else on_device(angle).deg2rad()
+    mirror = 1 - 2 * send(flip).float()
+    zoom = send(scale)[:, None, None]
+    centre = send(centre)[:, None]
+    angle = send(angle).deg2rad()
+
+    # Each pixel's place in the cut, x and y in -1..1, pixel centres at .5.
+    x = (torch.arange(w, device=device) + 0.5) * (2 / w) - 1
+    y = (torch.arange(h, device=device) + 0.5) * (2 / h) - 1
+    cut = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).view(-1, 2)      # (h*w, 2)
+
+    # The same place in pixels of the image: flip and turn, zoom, move.
+    half = send(batch["size"]).flip(1).float()[:, None] / 2   # (B, 1, 2): half of W and H
     cos, sin = angle.cos(), angle.sin()
-
-    # x, y in -1..1 of the cut -> pixels of the image, centres at .5: turn, zoom, move.
-    y, x = ((torch.arange(n, device=image.device) + 0.5) * (2 / n) - 1 for n in size)
-    cut = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).view(-1, 2)  # (h*w, 2): x, y
-    half = batch["size"].flip(1).float()[:, None] / 2                    # (B, 1, 2): x, y
     turn = torch.stack([cos * mirror, -sin, sin * mirror, cos], 1).view(B, 2, 2)
-    pixel = (cut * half) @ turn.mT / zoom[:, None, None] + half * (1 + centre)  # (B, h*w, 2)
-    pixel = pixel.view(B, *size, 2)
+    pixel = (cut * half) @ turn.mT / zoom + half * (1 + centre)                 # (B, h*w, 2)
+    pixel = pixel.view(B, h, w, 2)
 
-    # Outside the image is nothing, neither its last pixel nor the padding of the batch.
+    # Outside the image there is nothing: neither its border repeated, nor the batch's padding.
     end = 2 * half[:, None]
-    inside = ((pixel >= 0) & (pixel <= end)).all(-1)                     # (B, h, w)
-    pixel = pixel.clamp(min=0.5).minimum(end - 0.5)  # never blend with padding
-    padded = on_device(image.shape[:1:-1])                               # W, H of the batch
-    bilinear = pixel / padded * 2 - 1                                    # as grid_sample wants it
-    nearest = (pixel.floor() + 0.5) / padded * 2 - 1  # at centres: no rounding depends on padding
+    inside = ((pixel >= 0) & (pixel <= end)).all(-1)          # (B, h, w)
+    pixel = pixel.clamp(min=0.5).minimum(end - 0.5)           # never interpolate with padding
 
-    image = F.grid_sample(image.float() / 255, bilinear, align_corners=False)
-    mean, std = on_device(MEAN)[:, None, None], on_device(STD)[:, None, None]
+    # grid_sample counts in -1..1 of the padded batch.
+    padded = send([W, H])
+    bilinear = pixel / padded * 2 - 1
+    nearest = (pixel.floor() + 0.5) / padded * 2 - 1          # at pixel centres: rounds nowhere
+
+    image = send(batch["image"]).float() / 255
+    image = F.grid_sample(image, bilinear, align_corners=False)
+    mean = send(MEAN)[:, None, None]
+    std = send(STD)[:, None, None]
     image = (image - mean) / std * inside[:, None]
+
     labels = {}
-    for name in batch.keys() - {"image", "size"}:
-        label, kind = batch[name].float(), TASKS[name].kind
-        if kind == "classes":
-            label = IGNORE - label[:, None]  # so that 0 is invalid in all of them
-        label = F.grid_sample(label, nearest, mode="nearest", align_corners=False)
-        label = label * inside[:, None]
-        if kind == "classes":
-            label = (IGNORE - label[:, 0]).round().long()
-        elif kind == "distances":
-            label = label / zoom[:, None, None, None]
-        elif kind == "directions":  # x and y turn the other way: from the image to the cut
-            xy = torch.einsum("bij,bihw->bjhw", turn, label[:, :2])
-            label = torch.cat([xy, label[:, 2:]], 1)
-        labels[name] = label
+    for name, label in batch.items():
+        if name not in ("image", "size"):
+            kind = TASKS[name].kind
+            labels[name] = warp_label(kind, send(label).float(), nearest, inside, zoom, turn)
     return image, labels
+
+
+def warp_label(kind: str, label: Tensor, grid: Tensor, inside: Tensor, zoom: Tensor,
+               turn: Tensor) -> Tensor:
+    """`warp` for labels of one kind: (B, H, W) or (B, C, H, W) -> (B, h, w) or (B, C, h, w)."""
+    if kind == "classes":
+        label = F.grid_sample(label[:, None], grid, mode="nearest", align_corners=False)
+        return torch.where(inside, label[:, 0], float(IGNORE)).long()
+
+    label = F.grid_sample(label, grid, mode="nearest", align_corners=False)
+    label = label * inside[:, None]
+    if kind == "distances":
+        label = label / zoom[:, None]
+    if kind == "directions":                # turn^T, because `turn` leads from the cut to the image
+        xy = torch.einsum("bij,bihw->bjhw", turn, label[:, :2])
+        label = torch.cat([xy, label[:, 2:]], 1)
+    return label

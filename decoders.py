@@ -1,9 +1,13 @@
-"""Multi-scale fusion and an HRNet-style head: what turns a task's four maps into its prediction.
+"""A task's decoder: it turns the four maps of the backbone into the prediction of one task.
 
-Each map is projected by a bias-free 1x1 convolution, brought to the first map's size (stride 8)
-and concatenated; a 1x1 convolution, BatchNorm, ReLU and a last 1x1 convolution give the outputs,
-which are resized to the image. Every task has its own, trained with the adapters.
+Each map is projected by a bias-free 1x1 convolution, resized to the first map (stride 8) and
+concatenated with the others. A head in the style of HRNet (1x1 convolution, BatchNorm, ReLU, 1x1
+convolution) gives the outputs, which are resized to the image. Every task trains its own decoder.
 
+    decoder = Decoder(backbone.channels, outputs=40)
+    prediction = decoder(maps, image.shape[2:])         # four (B, h, w, c) -> (B, 40, H, W)
+
+Shapes: B batch, H W pixels, h w tokens of a map, c channels of a map.
 References: MTLoRA, arXiv 2403.20320, sections 3.3 and 4.1; HRNet, arXiv 1908.07919.
 """
 
@@ -13,29 +17,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FUSED = (18, 36, 72, 144)  # HRNet-W18's channels; together 270, and 4 * 270 hidden ones
+FUSED = (18, 36, 72, 144)   # the channels of HRNet-W18, for the four projections
 
 
 class Decoder(nn.Module):
-    """in_channels of the four maps, projected to `fused` -> `outputs` at the image's size."""
+    """Projects maps of `in_channels` to `fused` channels and these to `outputs` channels."""
 
     def __init__(self, in_channels: Sequence[int], outputs: int, fused: Sequence[int] = FUSED):
         super().__init__()
-        width = sum(fused)
-        self.fuse = nn.ModuleList(nn.Conv2d(c, f, 1, bias=False)
-                                  for c, f in zip(in_channels, fused, strict=True))
-        self.head = make_head(width, outputs)
+        self.fuse = nn.ModuleList()
+        for channels, width in zip(in_channels, fused, strict=True):
+            self.fuse.append(nn.Conv2d(channels, width, 1, bias=False))
+        self.head = make_head(sum(fused), outputs)
 
     def forward(self, maps: Sequence[Tensor], size: Sequence[int]) -> Tensor:
-        """maps: four (B, h, w, c); size: (H, W) of the image -> (B, outputs, H, W)."""
-        fused = [conv(x.permute(0, 3, 1, 2)) for conv, x in zip(self.fuse, maps)]  # (B, f, h, w)
-        first = fused[0].shape[-2:]                 # h, w of stride 8
-        fused = [F.interpolate(x, first, mode="bilinear") for x in fused]
-        x = self.head(torch.cat(fused, 1))          # (B, outputs, h, w)
-        return F.interpolate(x, tuple(size), mode="bilinear")  # (B, outputs, H, W)
+        """maps: four (B, h, w, c); size: the image's (H, W) -> (B, outputs, H, W)."""
+        first = maps[0].shape[1:3]                              # height and width at stride 8
+        projected = []
+        for conv, x in zip(self.fuse, maps):
+            x = conv(x.permute(0, 3, 1, 2))                     # (B, width, h, w)
+            x = F.interpolate(x, first, mode="bilinear")
+            projected.append(x)
+        x = self.head(torch.cat(projected, 1))                  # (B, outputs, h, w)
+        return F.interpolate(x, tuple(size), mode="bilinear")
 
 
 def make_head(width: int, outputs: int) -> nn.Sequential:
-    """(B, width, h, w) -> (B, outputs, h, w), through four times as many channels."""
-    return nn.Sequential(nn.Conv2d(width, 4 * width, 1), nn.BatchNorm2d(4 * width),
-                         nn.ReLU(inplace=True), nn.Conv2d(4 * width, outputs, 1))
+    """(B, width, h, w) -> (B, outputs, h, w), by way of 4 * width hidden channels."""
+    hidden = 4 * width
+    return nn.Sequential(
+        nn.Conv2d(width, hidden, 1),
+        nn.BatchNorm2d(hidden),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(hidden, outputs, 1),
+    )

@@ -1,82 +1,39 @@
-"""Evaluate a checkpoint, or predict any photo.
+"""Evaluate a checkpoint on validation images, or predict any photo.
 
-    python eval.py --checkpoint runs/rooms/best.pt                  # the table, on validation data
-    python eval.py --checkpoint runs/nyud/best.pt --native          # at each image's own size
-    python eval.py --checkpoint runs/nyud/best.pt --image photo.jpg # draws photo.predicted.png
-    python eval.py --checkpoint runs/nyud/best.pt --merge nyud.pt2  # for deployment, verified
-    python eval.py --cost --dataset nyud [flags of train.py]        # as cost.py
+    python eval.py --checkpoint runs/rooms/best.pt                     # the table of metrics
+    python eval.py --checkpoint runs/nyud/best.pt --native             # at each image's own size
+    python eval.py --checkpoint runs/nyud/best.pt --image photo.jpg    # draws photo.predicted.png
 
-Images are fed one at a time, so that no result depends on a batch size. A task's metrics are sums
-over the whole set, divided once at the end (tasks.py); beside them stands what the best constant
-prediction reaches on the same labels.
+Images pass the network one at a time, so no result depends on a batch size. A task's metrics are
+sums over the whole set, divided once at the end (tasks.py). Next to them the table shows how well
+the best constant prediction does on the same labels: a result that does not beat it means nothing.
+Shapes: B batch, C channels, H W pixels.
 References: arXiv 2509.19602, section 4.2.
 """
 
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-import cost
-from data import ToDevice, loader, open_dataset, warp
-from tools.export import export_backbone, export_merged, load_run
-from util.checkpoint import to_json
-from util.draw import draw_photos
-from util.report import format_gates, format_table, watch_gates
-from util.run import amp_dtype, one_line_errors, pick_device
+from data import CLASSES, loader, open_dataset, warp
+from model import build
+from recipes import integer
+from report import draw_photos, format_table
+from tasks import make_tasks
+from util import (amp_dtype, load_trained, one_line_errors, pick_device, progress, read_checkpoint,
+                  to_json)
 
-Predict = Callable[[Tensor], dict[str, Tensor]]  # image (B, 3, H, W) -> {task: prediction}
-
-
-@torch.no_grad()
-def evaluate(predict: Predict, tasks: list, batches: Iterable, size: tuple[int, int] | None,
-             gather: Callable[[list], list] = list) -> dict:
-    """Metrics of `predict` over `batches` of one collated sample each.
-
-    size: (H, W) to resize to; None: each image's own size. gather: puts the rows of several
-    processes in order (util/parallel.py).
-    Returns {"results": {task: {metric: value}}, "loss": weighted sum of the tasks' mean losses,
-    each the mean over images with valid pixels, "images": their number, "pixels" and "nan": {task:
-    number of valid pixels, and of those with a prediction that is not a number}}.
-    """
-    rows = []  # for each image {task: its counts and sums}
-    for batch in batches:
-        image, labels = warp(batch, size or batch["size"][0].tolist())  # (1, 3, H, W)
-        predictions = predict(image)
-        rows.append({task.name: measure(task, predictions[task.name].float(), labels[task.name])
-                     for task in tasks})
-    rows = gather(rows)
-
-    found = {"results": {}, "loss": 0.0, "images": len(rows), "pixels": {}, "nan": {}}
-    for task in tasks:
-        total = {key: torch.stack([row[task.name][key] for row in rows]).sum(0)
-                 for key in ("labelled", "loss", "pixels", "nan", "sums")}
-        found["results"][task.name] = task.metrics(total["sums"])
-        mean_loss = total["loss"] / total["labelled"].clamp(min=1)
-        found["loss"] += task.weight * mean_loss.item()  # eq. 8
-        found["pixels"][task.name] = int(total["pixels"])
-        found["nan"][task.name] = int(total["nan"])
-    return found
-
-
-def measure(task, pred: Tensor, label: Tensor) -> dict[str, Tensor]:
-    """What one image adds to a task's totals, on the CPU."""
-    valid = task.valid(label).reshape(1, *pred.shape[2:])  # (1, H, W)
-    row = {"labelled": valid.any(),  # an image without valid pixels has no loss to average
-           "loss": task.loss(pred, label),
-           "pixels": valid.sum(),
-           "nan": (valid & pred.isnan().any(1)).sum(),
-           "sums": task.sums(pred, label).flatten()}
-    return {key: value.double().cpu() for key, value in row.items()}
+Predict = Callable[[Tensor], dict[str, Tensor]]     # image (B, 3, H, W) -> {task: prediction}
 
 
 def predictor(model: nn.Module, amp: torch.dtype | None) -> Predict:
-    """`model` in evaluation mode, under autocast to `amp` if given."""
+    """`model` in evaluation mode as a function, under autocast to `amp` if it is given."""
     model.eval()
 
     def predict(image: Tensor) -> dict[str, Tensor]:
@@ -85,112 +42,168 @@ def predictor(model: nn.Module, amp: torch.dtype | None) -> Predict:
     return predict
 
 
-# --- what a result has to beat --------------------------------------------------------------------
-def best_constants(tasks: list, batches: Iterable, size: tuple[int, int] | None) -> dict:
-    """Per task, the constant prediction (outputs,) that fits these very labels best.
+@torch.no_grad()
+def evaluate(predict: Predict, tasks: Sequence, batches: Iterable, size: tuple[int, int] | None,
+             device: torch.device) -> dict:
+    """Metrics of `predict` over `batches`, which hold one image each (data.collate).
 
-    From at most about 4000 evenly spread valid pixels an image; none where no pixel is valid.
+    size: (H, W) that images and labels are resized to; None keeps each image's own size.
+    Returns {"results": {task: {metric: value}}, "loss": the weighted sum of the tasks' losses,
+    each averaged over the images with labels (eq. 8), "images": their number, "pixels" and "nan":
+    {task: number of valid pixels, and of those without a finite prediction}}.
     """
-    pool = {task.name: [] for task in tasks}
+    names = [task.name for task in tasks]
+    totals = {name: dict.fromkeys(("labelled", "loss", "pixels", "nan", "sums"), 0)
+              for name in names}
+    images = 0
+    for batch in batches:
+        image, labels = warp(batch, size or batch["size"][0].tolist(), device)   # (1, 3, H, W)
+        predictions = predict(image)
+        images += 1
+        for task in tasks:
+            row = measure(task, predictions[task.name].float(), labels[task.name])
+            for key, value in row.items():
+                totals[task.name][key] = totals[task.name][key] + value
+
+    result = {"results": {}, "loss": 0.0, "images": images, "pixels": {}, "nan": {}}
+    for task in tasks:
+        total = totals[task.name]
+        mean_loss = total["loss"] / max(1, total["labelled"])
+        result["loss"] += task.weight * mean_loss
+        result["results"][task.name] = task.metrics(total["sums"])
+        result["pixels"][task.name] = total["pixels"]
+        result["nan"][task.name] = total["nan"]
+    return result
+
+
+def measure(task, pred: Tensor, label: Tensor) -> dict:
+    """One image's share of a task's totals. Sums are taken on the CPU, in float64."""
+    loss = task.loss(pred, label).item()
+    pred, label = pred.cpu(), label.cpu()
+    valid = task.valid(label).reshape(1, *pred.shape[2:])       # (1, H, W)
+    return {
+        "labelled": int(valid.any()),
+        "loss": loss,
+        "pixels": int(valid.sum()),
+        "nan": int((valid & pred.isnan().any(1)).sum()),
+        "sums": task.sums(pred, label).flatten().double(),
+    }
+
+
+# --- the best constant ----------------------------------------------------------------------------
+def best_constants(tasks: Sequence, batches: Iterable,
+                   size: tuple[int, int] | None) -> dict[str, Tensor]:
+    """For each task, the constant prediction (outputs,) that fits these labels best.
+
+    It is fitted to about 4,000 evenly spread valid pixels per image. A task without a valid pixel
+    is left out.
+    """
+    values = {task.name: [] for task in tasks}
     for batch in batches:
         _, labels = warp(batch, size or batch["size"][0].tolist())
         for task in tasks:
-            label = labels[task.name]  # (1, H, W), or (1, channels, H, W)
-            valid = task.valid(label).reshape(len(label), *label.shape[-2:])
-            values = (label.movedim(1, -1) if label.ndim == 4 else label)[valid]
-            every = max(1, len(values) // (4000 * len(label)))
-            pool[task.name].append(values[::every].cpu())
-    return {task.name: task.best_constant(torch.cat(pool[task.name]).squeeze(-1))
-            for task in tasks if any(len(values) for values in pool[task.name])}
+            label = labels[task.name]                           # (1, H, W) or (1, C, H, W)
+            valid = task.valid(label).reshape(1, *label.shape[-2:])
+            if label.ndim == 4:
+                label = label.movedim(1, -1)                    # (1, H, W, C)
+            label = label[valid]                                # (N,) or (N, C)
+            every = max(1, len(label) // 4000)
+            values[task.name].append(label[::every])
+    constants = {}
+    for task in tasks:
+        label = torch.cat(values[task.name])
+        if len(label):
+            constants[task.name] = task.best_constant(label.squeeze(-1))
+    return constants
 
 
-def reference(tasks: list, batches: Iterable, size: tuple[int, int] | None) -> dict:
+def reference(tasks: Sequence, batches: Iterable, size: tuple[int, int] | None) -> dict:
     """{task: {metric: value}} of the best constant prediction.
 
-    Fitted to the evaluated labels themselves, so it flatters the constant; NaN where a task has no
-    valid label at all. Goes through `batches` (re-iterable) twice.
+    It is fitted to the very labels it is evaluated on, which flatters it. Metrics are NaN for a
+    task without any label. Goes through `batches` twice.
     """
     constants = best_constants(tasks, batches, size)
 
     def predict(image: Tensor) -> dict[str, Tensor]:
         predictions = {}
         for task in tasks:
-            constant = constants.get(task.name, torch.zeros(task.outputs)).to(image.device)
-            predictions[task.name] = constant[:, None, None].expand(
-                len(image), -1, *image.shape[2:])  # (B, outputs, H, W)
+            constant = constants.get(task.name, torch.zeros(task.outputs))
+            predictions[task.name] = constant.view(1, -1, 1, 1).expand(-1, -1, *image.shape[2:])
         return predictions
 
-    return evaluate(predict, tasks, batches, size)["results"]
+    return evaluate(predict, tasks, batches, size, torch.device("cpu"))["results"]
 
 
 # --- the command ----------------------------------------------------------------------------------
-def parse_arguments(argv: list[str]) -> argparse.Namespace:
+def load_run(path: str | Path, weights: str | None = None
+             ) -> tuple[nn.Module, list, argparse.Namespace]:
+    """The trained network of a checkpoint, its tasks and its settings.
+
+    path: a run's folder (its best.pt) or a checkpoint. weights: where the backbone's weights are
+    now, if they moved. Raises ValueError if the file cannot be read or does not fit.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "best.pt"
+    state = read_checkpoint(path)
+    config = argparse.Namespace(**state["config"])
+    config.weights = weights or config.weights
+    tasks = make_tasks(config.tasks, CLASSES.get(config.dataset))
+    model = build(config, tasks, state["tree"])
+    load_trained(model, state, path)
+    return model, tasks, config
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="With --cost, all other flags are those of train.py (train.py --help).")
-
-    add = parser.add_argument_group("what to do", "as in the lines above").add_argument
-    add("--checkpoint", type=Path, help="best.pt or last.pt of a run")
+        allow_abbrev=False)
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, help="best.pt of a run, or the run's folder")
     add("--image", type=Path, nargs="+", help="predict these photos instead of evaluating")
-    add("--native", action="store_true", help="at each image's own size: sharper, slower")
-    add("--json", action="store_true", help="print JSON instead of tables")
-    add("--merge", type=Path, help="write the network with merged adapters, as a graph that needs "
-        "no code of ours (torch.export), and stop")
-    add("--export-backbone", type=Path, help="write the backbone (fp16, official names) and stop; "
-        "for runs of --method full")
-    add("--cost", action="store_true", help="print parameters and MACs of a configuration")
-
-    add = parser.add_argument_group(
-        "this machine", "as in: --data-root /data/nyud --workers 8   where files are, how fast to "
-        "read them").add_argument
-    add("--data-root", help="folder of the dataset, or its archive; else the recipe's")
-    add("--weights", help="where the backbone's weights are now, if not where they were")
-    add("--workers", type=int, default=min(4, os.cpu_count()), help="processes that load data")
+    add("--native", action="store_true", help="use each image's own size: sharper and slower")
+    add("--json", action="store_true", help="print the metrics as JSON instead of a table")
+    add("--data-root", help="folder of the dataset, or its archive; default: the run's")
+    add("--weights", help="the backbone's weights, if they are not where they were")
+    add("--workers", type=integer(0, 256), default=min(4, os.cpu_count() or 1),
+        help="processes that load data")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
-    args, args.cost_flags = parser.parse_known_args(argv)
-    if args.cost:
-        if args.checkpoint or args.image:
-            parser.error("--cost goes with flags of train.py, not with --checkpoint or --image")
-    elif args.json and (args.image or args.merge or args.export_backbone):
-        parser.error("--json goes with the table of metrics, or with --cost")
-    elif args.cost_flags or not args.checkpoint:
-        parser.error(f"unknown arguments: {' '.join(args.cost_flags)}" if args.cost_flags else
-                     "give --checkpoint FILE, or --cost and flags of train.py")
+    args = parser.parse_args(argv)
+    if args.json and args.image:
+        parser.error("--json is for metrics; it does not go with --image")
     return args
 
 
-def evaluate_checkpoint(args: argparse.Namespace) -> str:
-    """What --checkpoint and the other flags ask for, as the text to print."""
+def run(args: argparse.Namespace) -> str:
+    """Do what the flags ask for and return the text to print."""
     model, tasks, config = load_run(args.checkpoint, args.weights)
-    config.data_root, config.cache = args.data_root or config.data_root, False  # the recipe's
-    if args.export_backbone:
-        return export_backbone(model, config, args.export_backbone)
-    if args.merge:
-        return export_merged(model, config.size, args.merge)
     device = pick_device(args.device)
     predict = predictor(model.to(device), amp_dtype(config.amp, device))
     size = None if args.native else config.size
     if args.image:
-        paths = draw_photos(args.image, args.checkpoint.parent, predict, tasks, size, device)
+        is_folder = args.checkpoint.is_dir()
+        folder = args.checkpoint if is_folder else args.checkpoint.parent
+        paths = draw_photos(args.image, folder, predict, tasks, size, device)
         return "\n".join(f"wrote {path}" for path in paths)
+
+    config.data_root = args.data_root or config.data_root
+    config.cache = False
     dataset = open_dataset(config, "val")
-    batches = ToDevice(loader(dataset, [[i] for i in range(len(dataset))], args.workers), device)
-    gates = watch_gates(model)  # none but of bdta
-    outcome = evaluate(predict, tasks, batches, size)
-    outcome["reference"] = reference(tasks, batches, size)
-    outcome["gates"] = [torch.stack(seen).mean(0).tolist() for seen in gates]  # of each stage
+    one_by_one = [[i] for i in range(len(dataset))]
+    batches = loader(dataset, one_by_one, args.workers)
+    result = evaluate(predict, tasks, progress(batches, "evaluation"), size, device)
+    result["reference"] = reference(tasks, batches, size)
     if args.json:
-        return to_json(outcome)
-    return (format_table(tasks, outcome, outcome["reference"], size)
-            + format_gates(config.tasks, outcome["gates"]))
+        return to_json(result)
+    return format_table(tasks, result, result["reference"], size)
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(sys.argv[1:] if argv is None else argv)
-    if args.cost:
-        return cost.main(args.cost_flags + ["--json"] * args.json)
-    with one_line_errors(), redirect_stdout(sys.stderr):  # notes on the way; the answer alone
-        text = evaluate_checkpoint(args)                  # is for stdout
+    args = parse_arguments(argv)
+    # Progress and notes go to stderr, so that stdout holds the answer and nothing else.
+    with one_line_errors(), redirect_stdout(sys.stderr):
+        text = run(args)
     print(text)
 
 

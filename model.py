@@ -1,41 +1,45 @@
-"""The multi-task network: backbone stages, the task tree, one decoder a task.
+"""The multi-task network: backbone stages that branch as the tree of tasks does, then decoders.
 
-All groups of a stage run the same frozen weights, so a stage with G task groups is fed one batch
-of G*B images, group after group. Between two stages the tree says which group each new group
-branches off: `tglora.run_stages`. There is no loop over tasks in the backbone, and the baselines
-are special trees: (1, 1, 1, 1) groups share everything, (T, T, T, T) nothing.
+All groups of a stage run through the same frozen weights, so a stage with G groups processes one
+batch of G*B images, group after group (`tglora.run_stages`). There is no loop over tasks in the
+backbone, and the baselines are special trees:
 
-    model = build(config, tasks, tree)       # config: the knobs of recipes.py, by name
-    predictions = model(image)               # {"semseg": (B, 40, H, W), ...}
+    1,2,3,4 groups in the four stages    TGLoRA for four tasks
+    1,1,1,1                              MTL-LoRA: all tasks share everything
+    4,4,4,4                              single-task LoRA: the tasks share only the frozen weights
 
-A backbone offers `patch_embed`, four stages in `layers`, the `channels` of their maps, and says
-itself what of it is adapted (`ADAPTED`) and what "others" means (`OTHERS`): see swin.py. A method
-is a function of (backbone, tasks, tree, config) that returns a module image -> predictions.
-Shapes: B batch, G groups, H W pixels, h w c of a map. A tree is a list of one partition a stage.
-References: arXiv 2509.19602, section 3 and figure 3.
+    model = build(config, tasks, tree)      # config: the settings in recipes.py
+    predictions = model(image)              # {"semseg": (B, 40, H, W), ...}
+
+A backbone has `patch_embed`, four stages and the `channels` of their maps. Its list of stages is
+called `layers`, because the official checkpoints call it that. It also says which linear layers are
+adapted (`ADAPTED`) and which other weights may be trained (`OTHERS`); swin.py is the example.
+
+Shapes: B batch, G groups, H W pixels, h w tokens of a map, c channels of a map.
+Reference: arXiv 2509.19602, section 3 and figure 3.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from argparse import Namespace
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-import mtlora
-import pvt
-from bdta import BDTANet
 from decoders import FUSED, Decoder
 from grouping import Partition, check_tree, routing
-from swin import build_swin, load_weights
+from swin import build_swin
 from tglora import add_adapters, freeze, run_stages, split_rank
+from weights import load_weights
+
+METHODS = ("tglora", "mtlora", "mtlora+", "bdta", "full", "decoders")
 
 
 class MultiTaskNet(nn.Module):
-    """A backbone whose stages carry groups of tasks, and a decoder for each task.
+    """A backbone that branches between its stages, and one decoder per task.
 
-    tasks: objects with `name` and `outputs`; parents[stage][group]: the group of the stage before
-    that it branches off; group_of[task][stage]: whose features the task reads (grouping.routing);
-    fused: channels of the decoders.
+    tasks: objects with `name` and `outputs`. parents[stage][group]: the group of the previous stage
+    that this group continues. group_of[task][stage]: the group whose features the task reads (both
+    from grouping.routing). fused: the decoders' channels.
     """
 
     def __init__(self, backbone: nn.Module, tasks: Sequence, parents: Sequence[Sequence[int]],
@@ -44,112 +48,101 @@ class MultiTaskNet(nn.Module):
         if len(parents) != len(backbone.layers):
             raise ValueError(f"tree: {len(parents)} stages, but the backbone has "
                              f"{len(backbone.layers)}")
-        self.backbone, self.parents = backbone, parents
-        self.group_of = {task.name: groups for task, groups in zip(tasks, group_of)}
-        self.decoders = nn.ModuleDict(
-            {task.name: Decoder(backbone.channels, task.outputs, fused) for task in tasks})
+        self.backbone = backbone
+        self.parents = parents
+        self.group_of = {}
+        self.decoders = nn.ModuleDict()
+        for task, groups in zip(tasks, group_of, strict=True):
+            self.group_of[task.name] = groups
+            self.decoders[task.name] = Decoder(backbone.channels, task.outputs, fused)
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
-        """Image (B, 3, H, W), normalised -> each task's prediction, (B, outputs, H, W)."""
-        x = self.backbone.patch_embed(image)                          # (B, h, w, c)
-        maps = run_stages(self.backbone.layers, x, self.parents)      # four (G, B, h, w, c)
+        """Normalised image (B, 3, H, W) -> the prediction of each task, (B, outputs, H, W)."""
+        x = self.backbone.patch_embed(image)                            # (B, h, w, c)
+        maps = run_stages(self.backbone.layers, x, self.parents)        # four (G, B, h, w, c)
         predictions = {}
         for name, decoder in self.decoders.items():
-            own = [m[group] for m, group in zip(maps, self.group_of[name])]  # four (B, h, w, c)
-            predictions[name] = decoder(own, image.shape[2:])  # (B, outputs, H, W)
+            groups = self.group_of[name]
+            task_maps = [x[g] for x, g in zip(maps, groups)]            # four (B, h, w, c)
+            predictions[name] = decoder(task_maps, image.shape[2:])     # (B, outputs, H, W)
         return predictions
 
 
-# --- methods --------------------------------------------------------------------------------------
-def tree_net(backbone: nn.Module, tasks: Sequence, tree: Sequence[Partition],
-             fused: Sequence[int] = FUSED) -> MultiTaskNet:
-    """Features that branch as the tree does."""
+def build(config: Namespace, tasks: Sequence, tree: Sequence[Partition]) -> nn.Module:
+    """The network of a run; the same weights for the same seed.
+
+    config: the settings in recipes.py. tasks: see `MultiTaskNet`. tree: one partition of the tasks
+    per stage; MTLoRA and BDTA have no groups of tasks and ignore it. Raises ValueError if tree,
+    rank or pretrained weights do not fit.
+    """
+    torch.manual_seed(config.seed)
+    backbone = build_backbone(config)
+    if config.method == "bdta":
+        from extras.bdta import BDTANet
+        return BDTANet(backbone, tasks)
+    if config.method in ("mtlora", "mtlora+"):
+        return build_mtlora(backbone, tasks, config)
+
     check_tree(tree, len(tasks))
-    return MultiTaskNet(backbone, tasks, *routing(tree), fused)
+    parents, group_of = routing(tree)
+    model = MultiTaskNet(backbone, tasks, parents, group_of, config.fused)
+    if config.method == "tglora":
+        adapt(backbone, tree, config)
+    elif config.method == "decoders":
+        backbone.requires_grad_(False)
+    return model                                    # "full": everything is trained
 
 
-def decoders_only(backbone: nn.Module, tasks: Sequence, tree: Sequence[Partition],
-                  config: Any) -> MultiTaskNet:
-    """Nothing of the backbone is trained."""
-    backbone.requires_grad_(False)
-    return tree_net(backbone, tasks, tree, config.fused)
+def build_backbone(config: Namespace) -> nn.Module:
+    """The backbone with its pretrained weights, if `config.weights` is not "none"."""
+    if config.backbone.startswith("pvt_v2_"):
+        from extras import pvt
+        name = config.backbone.removeprefix("pvt_v2_")
+        backbone = pvt.build_pvt(name, drop_path=config.drop_path)
+        load = pvt.load_weights
+    else:
+        name = config.backbone
+        backbone = build_swin(name, drop_path=config.drop_path)
+        load = load_weights
+    if config.weights == "rooms_mini.pth" and config.backbone != "mini":
+        raise ValueError("--weights rooms_mini.pth only fits --backbone mini; with --backbone "
+                         f"{config.backbone} use --weights imagenet (a download), none (random) "
+                         "or the path of a file")
+    if config.weights != "none":
+        load(backbone, config.weights, name)
+    return backbone
 
 
-def full(backbone: nn.Module, tasks: Sequence, tree: Sequence[Partition],
-         config: Any) -> MultiTaskNet:
-    """Full fine-tuning: everything is trained."""
-    return tree_net(backbone, tasks, tree, config.fused)
-
-
-def tglora(backbone: nn.Module, tasks: Sequence, tree: Sequence[Partition],
-           config: Any) -> MultiTaskNet:
-    """In each stage a combined rank, split between its groups by their sizes (4.3)."""
-    model = tree_net(backbone, tasks, tree, config.fused)
-    layers, others, _ = config.layers.partition("+others")
-    names = adapted_layers(backbone, layers, config)
+def adapt(backbone: nn.Module, tree: Sequence[Partition], config: Namespace) -> None:
+    """TGLoRA: give each group of each stage its adapters, and freeze the rest of the backbone."""
+    layers = config.layers.removesuffix("+others")
+    names = backbone.ADAPTED[layers]
     for stage, partition, rank in zip(backbone.layers, tree, stage_ranks(config), strict=True):
-        ranks = split_rank(rank, [len(group) for group in partition])
+        group_sizes = [len(group) for group in partition]
+        ranks = split_rank(rank, group_sizes)
         add_adapters(stage, names, ranks, dropout=config.dropout)
-    freeze(backbone, backbone.OTHERS if others else ())
-    return model
+    others = backbone.OTHERS if config.layers.endswith("+others") else ()
+    freeze(backbone, others)
 
 
-def mtlora_net(backbone: nn.Module, tasks: Sequence, tree: Sequence[Partition],
-               config: Any) -> MultiTaskNet:
-    """MTLoRA or MTLoRA+, which have groups of their own."""
-    model = MultiTaskNet(backbone, tasks, *mtlora.routing(len(backbone.layers), len(tasks)),
-                         config.fused)
-    names = adapted_layers(backbone, "attn+mlp", config)
-    mtlora.adapt(backbone, names, len(tasks), config.rank, config.dropout,
-                 **mtlora.METHODS[config.method])
-    return model
+def stage_ranks(config: Namespace) -> list[int]:
+    """The combined rank of each stage, which its groups share (section 4.3).
 
-
-def bdta(backbone: nn.Module, tasks: Sequence, tree: Sequence[Partition],
-         config: Any) -> BDTANet:
-    """BDTA + MoTE, beside a backbone that is not trained and has no groups."""
-    return BDTANet(backbone, tasks, config.reduction)
-
-
-METHODS: dict[str, Callable[..., nn.Module]] = {
-    "tglora": tglora, **dict.fromkeys(mtlora.METHODS, mtlora_net), "bdta": bdta,
-    "full": full, "decoders": decoders_only}
-
-
-def adapted_layers(backbone: nn.Module, layers: str, config: Any) -> list[str]:
-    """What --layers names, less what --without names."""
-    unknown = set(config.without) - set(backbone.ADAPTED[layers])
-    if unknown:
-        raise ValueError(f"--without {','.join(sorted(unknown))}: expected some of "
-                         f"{','.join(backbone.ADAPTED[layers])}")
-    return [name for name in backbone.ADAPTED[layers] if name not in config.without]
-
-
-def stage_ranks(config: Any) -> list[int]:
-    """Each stage's combined rank; with --last-rank the last one's grows with the tasks (4.3)."""
+    With --last-rank, every task has that rank in the last stage, whatever --rank is.
+    """
     ranks = [config.rank] * len(config.groups)
     if config.last_rank:
         ranks[-1] = config.last_rank * len(config.tasks)
     return ranks
 
 
-def build(config: Any, tasks: Sequence, tree: Sequence[Partition]) -> nn.Module:
-    """The network that the knobs of recipes.py describe, the same for the same seed."""
-    torch.manual_seed(config.seed)
-    name, make, load = config.backbone, build_swin, load_weights
-    if name.startswith("pvt_v2_"):  # as the field names its presets: pvt_v2_b2
-        name, make, load = name.removeprefix("pvt_v2_"), pvt.build_pvt, pvt.load_weights
-    backbone = make(name, drop_path=config.drop_path)
-    if config.weights == "rooms_mini.pth" and name != "mini":
-        raise ValueError(f"weights rooms_mini.pth are of --backbone mini; with {config.backbone}, "
-                         "give --weights imagenet (a download), none (random) or a file's path")
-    if config.weights != "none":
-        load(backbone, config.weights, name)
-    model = METHODS[config.method](backbone, tasks, tree, config)
-    for part in config.frozen:
-        matching = [p for name, p in backbone.named_parameters() if part in name]
-        if not matching:
-            raise ValueError(f"--frozen {part}: no weight of the backbone has that in its name")
-        for p in matching:
-            p.requires_grad_(False)
+def build_mtlora(backbone: nn.Module, tasks: Sequence, config: Namespace) -> MultiTaskNet:
+    """MTLoRA or MTLoRA+: groups of tasks exist only in the last block of each stage."""
+    from extras import mtlora
+    parents, group_of = mtlora.routing(len(backbone.layers), len(tasks))
+    model = MultiTaskNet(backbone, tasks, parents, group_of, config.fused)
+    plus = config.method == "mtlora+"
+    task_rank = config.rank if plus else 4          # section 4.1 of MTLoRA
+    mtlora.adapt(backbone, backbone.ADAPTED["attn+mlp"], len(tasks), config.rank, config.dropout,
+                 task_rank, plus)
     return model

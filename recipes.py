@@ -1,110 +1,298 @@
-"""Every knob of a run: its value for each dataset, and why.
+"""Every knob of a run: its flag, its value for each dataset, and the reason for it.
 
-    python train.py --dataset nyud --help       # the flags that change them (flags.py)
+    python train.py --dataset nyud --help        # this table, as help text
+    config = parse_arguments(["--dataset", "nyud", "--rank", "32"])
+    config.rank, config.lr                       # 32, 1e-4
 
-A recipe's keys are names of flags. Sections and tables are those of arXiv 2509.19602, where no
-other paper is named.
+Values are written as one would type them. A section or table without another source is one of
+arXiv 2509.19602. Your own dataset gets a column of its own by copying one:
+
+    RECIPES["photos"] = {**RECIPES["nyud"], "tasks": "semseg,depth"}
 """
 
+import argparse
+import math
 import os
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
 
-COMMON = dict(
-    warmup=20 / 300,        # share of the run before the peak: 20 epochs of the paper's 300
-    weight_decay=0.05,      # section 7; not on 1-D weights and bias tables
-    clip=5.0,               # norm of the gradient; the published MTLoRA's
-    accumulate=1,           # parts that a batch is computed in
-    reduction=4,            # r of BDTA, the default of its paper
-    head_lr=2e-3,           # of the decoders before the similarity, at first; ours
-    normalize="none",       # eq. 2 as printed, the plain cosine
-    log_every=10,           # steps
-)
-PAPER = dict(               # nyud and pascal, as in sections 4 and 7
-    **COMMON,
-    size="448",             # pixels, a square; images are resized to it
-    backbone="tiny",        # Swin-Tiny
-    weights="imagenet",     # ImageNet-1k
-    layers="attn+mlp",      # table 1; "+others" is its best row and its costliest
-    dropout=0.05,           # on the adapters' input
-    drop_path=0.2,          # of the deepest block; falls linearly to 0 at the first
-    fused=(18, 36, 72, 144),  # HRNet-W18's, whatever the backbone
-    epochs=300,             # 20 of them warm-up
-    eval_every=20,          # epochs
-    sim_images=200,         # ours: the paper names no number
-    head_epochs=20,         # ours, likewise; on kept maps they cost what 10 with a backbone do
-    flip=True,              # half of the images
-    cache=False,            # decoded images of a whole dataset fill the memory
-    workers=min(4, os.cpu_count()),  # decoding keeps up with a GPU
-)
-RECIPES = {
-    "rooms": dict(          # ours: a demonstration on two CPU cores
-        **COMMON,
-        tasks="semseg,human_parts,edge,depth,normals",
-        size="112",         # 28x28 patches: 4x4 windows in stage 1, one in stages 3 and 4
-        backbone="mini",    # a third of Swin-Tiny's channels
-        weights="rooms_mini.pth",  # knows segmentation alone (docs/DATA.md)
-        rank=20,            # adapters are then a tenth of the network's parameters
-        last_rank=None,     # every stage has the same combined rank
-        layers="attn+mlp",
-        fused=(6, 12, 24, 48),  # a third, as the backbone
-        dropout=0.0,        # four epochs do not overfit
-        drop_path=0.0,
-        epochs=4,
-        batch_size=8,       # images a step
-        lr=2e-3,            # few steps, so large ones
-        eval_every=1,
-        sim_images=128,     # with 32, and 4 epochs, no two seeds gave five tasks the same tree
-        head_epochs=6,
-        flip=True,
-        scales="1",         # a zoom would only blur pictures this small
-        rotate=0.0,         # degrees
-        cache=True,         # rendered once
-        workers=0,          # the rendered rooms lie in memory
-    ),
-    "nyud": dict(
-        **PAPER,
-        tasks="semseg,normals,depth",
-        rank=63,            # divisible by three tasks: 21 for each in the last stage
-        last_rank=None,
-        batch_size=6,
-        lr=1e-4,            # peak
-        scales="1,1.2,1.5",
-        rotate=0.0,
-    ),
-    "pascal": dict(
-        **PAPER,
-        tasks="semseg,human_parts,sal,normals",
-        rank=64,            # combined, in stages 1 to 3
-        last_rank=4,        # in stage 4 every task has rank 4, whatever --rank is (4.3)
-        batch_size=32,
-        lr=3.125e-5,        # peak; the published 5e-4 is scaled there by batch / 512 = 32 / 512
-        scales="0.75:1.25",
-        rotate=20.0,
-    ),
+import numpy as np
+import torch
+
+from model import METHODS
+from util import read_checkpoint
+
+
+# --- how values are typed -------------------------------------------------------------------------
+def number(low: float, high: float, convert: Callable = float) -> Callable[[str], float]:
+    """A parser for one number between `low` and `high`, both included."""
+    def parse(text: str) -> float:
+        try:
+            value = convert(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:        # also when the value is nan
+            what = "a whole number" if convert is int else "a number"
+            raise argparse.ArgumentTypeError(f"expected {what} from {low} to {high}, got {text!r}")
+        return value
+    return parse
+
+
+def integer(low: int, high: int = 10 ** 9) -> Callable[[str], int]:
+    return number(low, high, int)
+
+
+def listed(parse_item: Callable, separator: str = ",") -> Callable[[str], tuple]:
+    """A parser for a list with at least one item and no empty one."""
+    def parse(text: str) -> tuple:
+        items = text.split(separator)
+        if "" in items:
+            raise argparse.ArgumentTypeError(f"expected values separated by {separator!r}, without "
+                                             f"an empty one, got {text!r}")
+        return tuple(parse_item(item) for item in items)
+    return parse
+
+
+def size(text: str) -> tuple[int, int]:
+    """"448" is 448x448; "448x576" is a height and a width."""
+    sides = listed(integer(32, 4096), "x")(text)
+    if len(sides) > 2:
+        raise argparse.ArgumentTypeError(f"expected 448 or 448x576, got {text!r}")
+    return sides[0], sides[-1]
+
+
+def scales(text: str) -> tuple[float, ...]:
+    """"1,1.2,1.5" lists the zooms; "0.75:1.25" stands for 101 of them from the first to the last.
+    """
+    zoom = number(0.1, 10)
+    if ":" not in text:
+        return listed(zoom)(text)
+    ends = listed(zoom, ":")(text)
+    if len(ends) != 2:
+        raise argparse.ArgumentTypeError(f"expected LOW:HIGH, got {text!r}")
+    return tuple(np.linspace(*ends, 101).tolist())
+
+
+SWITCH = "switch"       # --flip or --no-flip
+FLAG = "flag"           # --compile; off unless given
+
+
+# --- the table ------------------------------------------------------------------------------------
+class Knob(NamedTuple):
+    """One flag. values: how it is typed; then its default for each dataset; then the reason."""
+
+    name: str
+    values: Any         # a parser, a tuple of choices, SWITCH or FLAG
+    rooms: Any
+    nyud: Any
+    pascal: Any
+    reason: str
+
+
+def same(name: str, values: Any, default: Any, reason: str) -> Knob:
+    """A knob with the same default for every dataset."""
+    return Knob(name, values, default, default, default, reason)
+
+
+WORKERS = min(4, os.cpu_count() or 1)
+TABLE = {
+    "data": [
+        Knob("tasks", listed(str), "semseg,human_parts,edge,depth,normals", "semseg,normals,depth",
+             "semseg,human_parts,sal,normals", "tasks to learn; each has a decoder"),
+        same("data_root", str, "data", "folder of the dataset, or its archive"),
+        same("download", FLAG, False, "fetch the dataset's archive into --data-root"),
+        same("train_rooms", integer(1, 10 ** 5), 400, "rooms: number of training images"),
+        same("val_rooms", integer(1, 10 ** 5), 64, "rooms: number of validation images"),
+        Knob("size", size, "112", "448", "448", "images are resized to it: H, or HxW (section 4.1)"),
+        Knob("workers", integer(0, 256), 0, WORKERS, WORKERS, "processes that load data; rooms are "
+             "kept in memory and need none"),
+        Knob("cache", SWITCH, True, False, False, "keep all decoded images in memory"),
+    ],
+    "augmentation": [
+        same("flip", SWITCH, True, "mirror half of the images"),
+        Knob("scales", scales, "1", "1,1.2,1.5", "0.75:1.25", "zoom by one of these, or by LOW:HIGH; "
+             "rooms are too small to zoom"),
+        Knob("rotate", number(0, 180), 0, 0, 20, "turn by up to this many degrees"),
+    ],
+    "network": [
+        Knob("backbone", str, "mini", "tiny", "tiny", "a preset of swin.py (mini, tiny, small, "
+             "base) or of extras/pvt.py (pvt_v2_b0 ... pvt_v2_b5)"),
+        Knob("weights", str, "rooms_mini.pth", "imagenet", "imagenet", "imagenet, torchvision, none "
+             "(random), or the path of a checkpoint"),
+        Knob("rank", integer(1, 4096), 20, 63, 64, "combined rank of a linear layer's adapters, "
+             "split by group size (4.3); nyud's 63 divides by three tasks"),
+        Knob("last_rank", integer(1, 4096), None, None, 4, "rank per task in the last stage, "
+             "whatever --rank is (4.3)"),
+        same("layers", ("attn", "attn+mlp", "attn+mlp+others"), "attn+mlp",
+             "linear layers that get adapters; others: also train norms and patch layers (table 1)"),
+        Knob("dropout", number(0, 0.99), 0, 0.05, 0.05, "on the adapters' input; the few epochs of "
+             "rooms do not overfit"),
+        Knob("drop_path", number(0, 0.99), 0, 0.2, 0.2, "stochastic depth of the deepest block"),
+        Knob("fused", listed(integer(1, 4096)), "6,12,24,48", "18,36,72,144", "18,36,72,144",
+             "channels that the decoders project the four maps to (HRNet-W18's)"),
+    ],
+    "similarity and tree": [
+        same("groups", listed(integer(1)), None, "number of task groups in each of the four "
+             "stages; default: the paper's for this many tasks (4.4)"),
+        same("tree", str, None, "use the tree in this file (tree.json of a run)"),
+        Knob("sim_images", integer(1), 128, 200, 200, "training images that the similarity is "
+             "measured on; ours, the paper gives no number"),
+        Knob("head_epochs", integer(1), 6, 20, 20, "epochs that train the decoders on them first "
+             "(4.4); our number"),
+        same("head_lr", number(1e-9, 10), 2e-3, "learning rate of these decoders; it falls to 0"),
+        same("normalize", ("none", "elementwise"), "none", "normalisation in eq. 2; elementwise is Task2Vec's"),
+        same("tree_only", FLAG, False, "stop when the tree is known"),
+    ],
+    "optimisation": [
+        Knob("epochs", integer(1), 4, 300, 300, "passes over the training images (section 7)"),
+        Knob("batch_size", integer(1), 8, 6, 32, "images per step (section 7)"),
+        same("accumulate", integer(1), 1, "compute a batch in this many parts to save memory; "
+             "BatchNorm and class balance then see one part at a time"),
+        Knob("lr", number(1e-12, 10), 2e-3, 1e-4, 3.125e-5, "peak learning rate; pascal's "
+             "published 5e-4 is scaled there by batch / 512 = 32 / 512"),
+        same("warmup", number(0, 0.99), 20 / 300, "share of the run before the peak: 20 of the "
+             "paper's 300 epochs"),
+        same("weight_decay", number(0, 10), 0.05, "not on 1-D weights and bias tables (section 7)"),
+        same("clip", number(1e-6, 1e6), 5.0, "largest norm of the gradient, as in MTLoRA's code"),
+        same("seed", integer(0, 2 ** 32), 0, "the same seed gives the same run"),
+    ],
+    "machine": [
+        same("device", str, "cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, mps ..."),
+        same("amp", ("auto", "bf16", "fp16", "off"), "auto", "mixed precision; auto: on CUDA"),
+        same("compile", FLAG, False, "use torch.compile: minutes of compiling, then faster steps"),
+    ],
+    "the run": [
+        same("out", str, None, "folder of the run, which must not exist; default runs/DATASET"),
+        same("resume", FLAG, False, "continue the run in --out with its own flags"),
+        Knob("eval_every", integer(1), 1, 20, 20, "epochs between two evaluations"),
+        Knob("log_every", integer(1), 10, 20, 20, "steps between two log lines"),
+        same("baseline", listed(str), None, "metrics.json of single-task runs, one or one per "
+             "task: the best epoch is then chosen by delta-m"),
+    ],
+}
+DATASET_HELP = "rooms (rendered, nothing to download), nyud, pascal, or one you registered"
+METHOD_HELP = ("tglora (default); full: fine-tune everything; decoders: train nothing else; and from "
+               "extras/ the methods mtlora, mtlora+ and bdta")
+
+RECIPES = {dataset: {knob.name: getattr(knob, dataset) for knobs in TABLE.values() for knob in knobs}
+           for dataset in ("rooms", "nyud", "pascal")}
+
+# --method bdta on photographs: section 4.1 of its paper. It names no dropout and no warm-up.
+BDTA = dict(batch_size=8, lr=4e-4, weight_decay=1e-4, warmup=0, dropout=0, drop_path=0)
+
+# Flags that a method has no use for. Giving one is an error, because it would change nothing.
+NO_GROUPS = {"groups", "tree", "layers", "last_rank"}
+UNUSED = {
+    "tglora": set(),
+    "mtlora": NO_GROUPS,
+    "mtlora+": NO_GROUPS,
+    "bdta": NO_GROUPS | {"rank", "dropout", "fused"},
+    "full": NO_GROUPS | {"rank", "dropout"},
+    "decoders": NO_GROUPS | {"rank", "dropout"},
 }
 
-BDTA = dict(                # --method bdta on nyud and pascal: section 4.1 of its paper
-    batch_size=8,           # images a step, on one GPU
-    lr=4e-4,                # peak
-    weight_decay=1e-4,
-    warmup=0.0,             # its text names a cosine and no warm-up
-    dropout=0.0,            # ours, as is the next: it names neither, and drop path would
-    drop_path=0.0,          # only disturb a backbone that does not learn
-)
+# Flags that may differ when a run is continued.
+MAY_CHANGE = {"out", "resume", "data_root", "download", "device", "workers", "cache", "log_every",
+              "compile"}
 
 
 # --- numbers of groups ----------------------------------------------------------------------------
-def paper_groups(T: int) -> tuple[int, ...]:
-    """Task-specific in the last stage, one group less each stage before, shared in the first (4.4).
-    """
-    return 1, max(1, T - 2), max(1, T - 1), T
+def paper_groups(num_tasks: int) -> tuple[int, ...]:
+    """One group in the first stage, one per task in the last, and in between one more per stage
+    (section 4.4): 1,2,3,4 for four tasks, 1,1,2,3 for three."""
+    return 1, max(1, num_tasks - 2), max(1, num_tasks - 1), num_tasks
 
 
-def default_groups(config: Any) -> tuple[int, ...]:
-    """The paper's, but for the demonstration's five tasks: there the groups of 1,3,4,5 differ
-    between seeds."""
-    if config.method != "tglora":  # without adapters there is nothing to group
+def default_groups(config: argparse.Namespace) -> tuple[int, ...]:
+    """The paper's numbers, except for the five tasks of the demonstration: with 1,3,4,5 its groups
+    would depend on the seed."""
+    if config.method != "tglora":
         return 1, 1, 1, 1
-    if config.dataset == "rooms" and config.tasks == RECIPES["rooms"]["tasks"].split(","):
+    if config.dataset == "rooms" and ",".join(config.tasks) == RECIPES["rooms"]["tasks"]:
         return 1, 2, 2, 5
     return paper_groups(len(config.tasks))
+
+
+# --- the command line -----------------------------------------------------------------------------
+def make_parser(recipe: dict[str, Any], dataset: str) -> argparse.ArgumentParser:
+    """A parser of all flags that returns only those that were typed."""
+    parser = argparse.ArgumentParser(
+        description="Train TGLoRA on one or more GPUs, or on a CPU. recipes.py has this table of "
+        f"flags. The defaults shown are those of --dataset {dataset}.",
+        argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser.add_argument("--dataset", choices=list(RECIPES), help=DATASET_HELP)
+    parser.add_argument("--method", choices=METHODS, help=METHOD_HELP)
+    for title, knobs in TABLE.items():
+        group = parser.add_argument_group(title)
+        for knob in knobs:
+            reason = knob.reason.replace("%", "%%")
+            options = {"help": f"{reason} (default: {recipe[knob.name]})"}
+            if knob.values == FLAG:
+                options = {"help": reason, "action": "store_true", "default": argparse.SUPPRESS}
+            elif knob.values == SWITCH:
+                options["action"] = argparse.BooleanOptionalAction
+            elif isinstance(knob.values, tuple):
+                options["choices"] = knob.values
+            else:
+                options["type"] = knob.values
+            group.add_argument(f"--{knob.name.replace('_', '-')}", **options)
+    return parser
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """All knobs of a run, by name: those typed, and the dataset's recipe for the rest.
+
+    With --resume, the rest is read from the run's last.pt (ValueError if it cannot be read).
+    Exits with a usage message if a flag is wrong.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--dataset", default="rooms")
+    first.add_argument("--method", default="tglora")
+    chosen, _ = first.parse_known_args(argv)            # these two select the recipe
+    recipe = RECIPES.get(chosen.dataset, RECIPES["rooms"])
+    if chosen.method == "bdta" and chosen.dataset != "rooms":
+        recipe = {**recipe, **BDTA}
+    parser = make_parser(recipe, chosen.dataset)
+    typed = vars(parser.parse_args(argv))
+    if "resume" in typed:
+        return continued(typed.get("out", f"runs/{chosen.dataset}"), typed, parser)
+
+    settings = {"dataset": chosen.dataset, "method": chosen.method, **defaults(recipe), **typed}
+    config = argparse.Namespace(**settings)
+    useless = sorted(typed.keys() & UNUSED[config.method])
+    if useless:
+        parser.error(f"--{useless[0].replace('_', '-')} has no effect with --method "
+                     f"{config.method}; leave it out")
+    config.out = config.out or f"runs/{config.dataset}"
+    config.groups = config.groups or default_groups(config)
+    for name in ("groups", "fused"):
+        if len(getattr(config, name)) != 4:
+            parser.error(f"--{name} needs four numbers, one for each stage of the backbone")
+    return config
+
+
+def defaults(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The values of a recipe, parsed as if they had been typed."""
+    values = {}
+    for knob in (knob for knobs in TABLE.values() for knob in knobs):
+        value = recipe[knob.name]
+        if isinstance(value, str) and callable(knob.values):
+            value = knob.values(value)
+        values[knob.name] = value
+    return values
+
+
+def continued(out: str, typed: dict[str, Any],
+              parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The settings of the run in `out`, with the typed flags that may change."""
+    path = Path(out) / "last.pt"
+    if not path.is_file():
+        raise ValueError(f"nothing to resume: no file {path}; start the run without --resume")
+    saved = read_checkpoint(path)["config"]
+    for name, value in typed.items():
+        if name not in MAY_CHANGE and value != saved[name]:
+            parser.error(f"--{name.replace('_', '-')} {value}: the run in {out} was started with "
+                         f"{saved[name]}, which --resume cannot change; start a new run with "
+                         "another --out")
+    return argparse.Namespace(**{**saved, **typed, "out": out, "resume": True})

@@ -1,84 +1,83 @@
-"""How sure is a task tree? The similarities are means over examples: others would give others.
+"""How sure is the tree? Other example images would give other similarities, and maybe other groups.
 
-    for choice in stability(tree, found.samples):      # found: similarity.task_similarity's
-        print(choice)                                  # "undecided: 62 % of resamples agree"
+The similarities are means over N examples. A bootstrap imitates a second set of images: it draws N
+of the examples with replacement, takes the means again and builds the tree again. The agreement of
+a stage is the share of these resamples in which the stage has the same groups.
 
-Shapes: N examples, S stages, T tasks. A tree is a list of one partition a stage (grouping.py).
-References: Efron, Bootstrap Methods, 1979; docs/CHOICES.md, choice 4.
+    for choice in stability(tree, similarity.samples):      # from similarity.task_similarity
+        print(choice)                                       # decided (99.8 % of resamples agree)
+
+A stage is called decided if 99.5 % of the resamples agree. In simulations, fewer than one tree in
+twenty then has a decided stage that is wrong: docs/CHOICES.md has the table. This is not part of
+the paper. It does not tell how much other decoders would change: for that, use other seeds.
+
+N is the number of examples, T of tasks. A tree is a list with one partition per stage (grouping.py).
+Reference: Efron, Bootstrap Methods: Another Look at the Jackknife, 1979.
 """
 
-from collections.abc import Sequence
-from itertools import combinations
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from grouping import Partition, best_partitions, build_tree, merge_groups, score
+from grouping import Partition, best_partition, build_tree
+
+DECIDED = 0.995         # share of the resamples that have to agree
+MIN_EXAMPLES = 10       # for each pair of tasks; with fewer, resamples agree by chance
 
 
 class Choice(NamedTuple):
-    """How sure a stage's partition is: see `stability`."""
+    """How sure a stage's groups are; see `stability`."""
 
     decided: bool
-    agreement: float  # share of the resamples with the same partition
+    agreement: float        # share of the resamples with the same groups
 
     def __str__(self) -> str:
-        share = f"{100 * self.agreement:.0f} % of resamples agree"
-        return share if self.decided else f"undecided: {share}"
+        if self.decided:
+            return f"decided ({100 * self.agreement:.1f} % of resamples agree)"
+        if self.agreement >= DECIDED:
+            return f"not decided (some pair of tasks has fewer than {MIN_EXAMPLES} examples)"
+        return f"not decided ({100 * self.agreement:.1f} % of resamples agree)"
 
 
-def merged_pairs(partition: Partition) -> list[Partition]:
-    """What `partition` becomes when two of its groups are merged, each two in turn."""
-    return [sorted([g for g in partition if g not in (a, b)] + [tuple(sorted(a + b))])
-            for a, b in combinations(partition, 2)]
+def stability(tree: Sequence[Partition], samples: np.ndarray, resamples: int = 400,
+              search: Callable[[np.ndarray, int], Partition] = best_partition,
+              ) -> list[Choice | None]:
+    """For each stage of the tree, whether its groups are decided; None if it had no choice.
 
+    The examples are resampled in the same way each time, whatever the order of the tasks.
 
-def next_best(tree: Sequence[Partition], stage: int, sim: np.ndarray) -> Partition | None:
-    """What the search would have taken, had there not been tree[stage]; None without a choice.
-
-    In the last stage the second best partition. Earlier, Algorithm 1's best end when it begins
-    with any other pair: for one merge, the pair that scores second.
+    Args:
+        tree: build_tree(mean of `samples`, ...).
+        samples: (N, T, T), the similarities of each example; NaN where a label is missing.
+        resamples: each of them builds a tree, which takes a millisecond for five tasks.
+        search: as in build_tree.
     """
-    chosen = tree[stage]
-    if stage == len(tree) - 1:
-        others = best_partitions(sim, len(chosen), 2)
-    else:
-        others = [merge_groups(p, sim, len(chosen)) for p in merged_pairs(tree[stage + 1])
-                  if len(p) >= len(chosen)]
-    return max((p for p in others if p != chosen), key=lambda p: score(p, sim), default=None)
+    N = len(samples)
+    groups = [len(partition) for partition in tree]
+    count = (~np.isnan(samples)).sum(0)
+    mean = np.nansum(samples, 0) / count
+    enough = count.min() >= MIN_EXAMPLES
 
+    rng = np.random.default_rng(0)
+    agreeing = [0] * len(tree)
+    for _ in range(resamples):
+        drawn = samples[rng.integers(N, size=N)]
+        drawn_count = (~np.isnan(drawn)).sum(0)
+        drawn_mean = np.nansum(drawn, 0) / np.maximum(drawn_count, 1)
+        # Two tasks may share labelled examples, but none of those that were drawn.
+        drawn_mean = np.where(drawn_count > 0, drawn_mean, mean)
+        for i, partition in enumerate(build_tree(drawn_mean, groups, search)):
+            if partition == tree[i]:
+                agreeing[i] += 1
 
-def stability(tree: Sequence[Partition], samples: np.ndarray,
-              resamples: int | None = None) -> list[Choice | None]:
-    """For each stage of build_tree(mean of `samples`), how sure its partition is.
-
-    samples: (N, T, T), each example's similarities, NaN where it says nothing of a pair; or, where
-    stages have their own, (N, S, T, T). A bootstrap over examples: N are drawn with replacement,
-    the same draws whenever N is the same, and the tree is built again from their mean. `agreement`
-    is the share of draws that give the stage the same partition. It is `decided` when its score
-    leads that of the next best by more than two standard errors of the lead, its deviation over the
-    draws (one would call decided what other images and decoders change, on five tasks of rooms in a
-    seed of ten); never where a pair has a single example. None for a stage that had no choice.
-    """
-    N, S, T = len(samples), len(tree), samples.shape[-1]
-    resamples = resamples or (200 if T <= 10 else 20)  # each is a search, of seconds for 15 tasks
-    samples = samples.reshape(N, -1, T, T)  # of the one matrix, or of each stage's
-    known = ~np.isnan(samples)
-    sim = np.nansum(samples, 0) / known.sum(0)
-    times = np.random.default_rng(0).multinomial(N, np.full(N, 1 / N), resamples)  # (draws, N)
-    counts = np.tensordot(times, known, 1)  # (draws, 1 or S, T, T)
-    sims = np.tensordot(times, np.nan_to_num(samples), 1) / counts.clip(1)
-    sims = np.where(counts, sims, sim)  # a pair that a draw has no example of keeps its mean
-    trees = [build_tree(s, [len(partition) for partition in tree]) for s in sims]
-    found = []
-    for stage, chosen in enumerate(tree):
-        own = np.broadcast_to([sim, *sims], (1 + resamples, S, T, T))[:, stage]
-        other = next_best(tree, stage, own[0])
-        if other is None:
-            found.append(None)
-            continue
-        leads = [score(chosen, s) - score(other, s) for s in own]
-        error = np.std(leads[1:]) if known.sum(0).min() > 1 else np.inf
-        found.append(Choice(bool(leads[0] > 2 * error),
-                            float(np.mean([t[stage] == chosen for t in trees]))))
-    return found
+    choices = []
+    available = len(mean)               # groups that the stage could keep or merge: first, tasks
+    for i in reversed(range(len(tree))):
+        choice = None
+        if 1 < groups[i] < available:
+            agreement = agreeing[i] / resamples
+            choice = Choice(bool(enough and agreement >= DECIDED), agreement)
+        choices.insert(0, choice)
+        available = groups[i]
+    return choices

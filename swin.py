@@ -1,80 +1,78 @@
-"""Swin Transformer (Liu et al., ICCV 2021), from scratch, and its ImageNet weights.
+"""Swin Transformer (Liu et al., ICCV 2021), from scratch: the backbone that is adapted.
 
-An image becomes 4x4 patches; four stages of blocks attend inside windows of 7x7 tokens, every
-second block with the windows shifted by half, so that information crosses their borders; after
-each of the first three stages, 2x2 neighbouring tokens are merged and the channels double.
-As a backbone for dense prediction it has no final norm and no classifier and returns one map a
-stage. Parameter names are those of the official checkpoints, which therefore load as they are.
+An image becomes 4x4-pixel patches. Four stages of blocks then attend inside windows of 7x7 tokens.
+Every second block shifts its windows by half a window, so that information crosses their borders.
+After each of the first three stages, 2x2 neighbouring tokens are merged and the channels double:
+
+    x = x + attention(norm1(x))             inside windows, with a bias for each relative position
+    x = x + mlp(norm2(x))
+
+For dense prediction the backbone has no final norm and no classifier, and returns one map per
+stage. Parameter names are those of the official checkpoints, so these load as they are.
 
     backbone = build_swin("tiny")
-    load_weights(backbone, "imagenet")
-    maps = backbone(image)          # (B,3,H,W) -> 4 maps (B,h,w,c), strides 8, 16, 32, 32
+    load_weights(backbone, "imagenet")      # weights.py
+    maps = backbone(image)                  # (B, 3, H, W) -> 4 maps (B, h, w, c)
 
-Shapes: B batch, H W pixels or tokens, C channels, N windows, L tokens a window, h heads.
+The strides of the maps are 8, 16, 32 and 32, since each map is taken after its patch merging.
+Shapes: B batch, H W pixels or tokens, C channels, N windows, L tokens per window, h heads.
 References: arXiv 2103.14030; https://github.com/microsoft/Swin-Transformer (names of weights).
 """
-
-import re
-import zipfile
-from functools import lru_cache
-from hashlib import sha384
-from itertools import islice
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import get_weight
 from torchvision.ops import StochasticDepth
 
 PRESETS = {
-    "mini": dict(embed_dim=32, depths=(2, 2, 2, 2), num_heads=(2, 4, 8, 16)),  # ours: fits a CPU
+    "mini": dict(embed_dim=32, depths=(2, 2, 2, 2), num_heads=(2, 4, 8, 16)),  # ours, for a CPU
     "tiny": dict(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),
     "small": dict(embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24)),
     "base": dict(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)),
 }
-# ImageNet-1k files at 224x224. torchvision's have a checksum in their names, Microsoft's none.
-OFFICIAL_URL = ("https://github.com/SwinTransformer/storage/releases/download/v1.0.0/"
-                "swin_{name}_patch4_window7_224.pth")
-# How that of a file begins; Intel's Open Model Zoo, which mirrors it, publishes it (docs/DATA.md).
-SHA384 = {"swin_tiny_patch4_window7_224.pth": "210021216e1f205617d885836b1ac59d725b8c41dbff8dc4"}
-TORCHVISION_NAME = {"tiny": "Swin_T_Weights", "small": "Swin_S_Weights", "base": "Swin_B_Weights"}
-
-
-def relative_position_index(window: int) -> Tensor:
-    """Row of the bias table for each (query, key) pair of a window, (L, L) int64."""
-    axis = torch.arange(window)
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
-    dy = y.flatten()[:, None] - y.flatten()[None]  # (L, L), -window+1 .. window-1
-    dx = x.flatten()[:, None] - x.flatten()[None]
-    return (dy + window - 1) * (2 * window - 1) + dx + window - 1
-
-
-@lru_cache(maxsize=64)
-def shift_mask(H: int, W: int, window: int, shift: tuple[int, int], device: torch.device) -> Tensor:
-    """Additive mask (N, L, L): -100 between tokens that only the cyclic shift made neighbours."""
-    region = torch.zeros(H, W, device=device)
-    for axis, (size, s) in enumerate(zip((H, W), shift)):
-        if s:
-            label = torch.zeros(size, device=device)
-            label[size - window:size - s] = 1
-            label[size - s:] = 2
-            region += label[:, None] * 3 if axis == 0 else label
-    region = to_windows(region[None, ..., None], window)[0, ..., 0]  # (N, L)
-    different = region[:, :, None] != region[:, None, :]  # (N, L, L)
-    return different * -100.0
 
 
 def to_windows(x: Tensor, window: int) -> Tensor:
-    """(B, H, W, C) -> (B, N, L, C); H and W are multiples of the window."""
-    x = x.unflatten(2, (-1, window)).unflatten(1, (-1, window))  # (B, H/w, w, W/w, w, C)
-    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    """(B, H, W, C) -> (B, N, L, C). H and W must be multiples of the window."""
+    x = x.unflatten(2, (-1, window))            # (B, H, W/w, w, C)
+    x = x.unflatten(1, (-1, window))            # (B, H/w, w, W/w, w, C)
+    x = x.transpose(2, 3)                       # (B, H/w, W/w, w, w, C)
+    return x.flatten(3, 4).flatten(1, 2)
 
 
 def from_windows(x: Tensor, window: int, H: int, W: int) -> Tensor:
     """(B, N, L, C) -> (B, H, W, C): the inverse of `to_windows`."""
-    x = x.unflatten(2, (window, window)).unflatten(1, (H // window, W // window))
-    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    x = x.unflatten(2, (window, window))
+    x = x.unflatten(1, (H // window, W // window))
+    x = x.transpose(2, 3)                       # (B, H/w, w, W/w, w, C)
+    return x.flatten(3, 4).flatten(1, 2)
+
+
+def relative_position_index(window: int) -> Tensor:
+    """Row of the bias table for every (query, key) pair of a window, (L, L) int64."""
+    axis = torch.arange(window)
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    y, x = y.flatten(), x.flatten()             # (L,)
+    dy = y[:, None] - y[None, :]                # (L, L), from -(window - 1) to window - 1
+    dx = x[:, None] - x[None, :]
+    row = dy + window - 1
+    column = dx + window - 1
+    return row * (2 * window - 1) + column
+
+
+def shift_mask(H: int, W: int, window: int, shift: tuple[int, int], device: torch.device) -> Tensor:
+    """Additive mask (N, L, L) for a map that was rolled by `shift` tokens along its two axes.
+
+    It is -100 between tokens that became neighbours only because the roll wraps around.
+    """
+    rows = torch.zeros(H, device=device)
+    rows[H - shift[0]:] = 1                     # these came from the other side of the map
+    columns = torch.zeros(W, device=device)
+    columns[W - shift[1]:] = 1
+    region = 2 * rows[:, None] + columns        # (H, W), another number for each region
+    region = to_windows(region[None, :, :, None], window)[0, :, :, 0]   # (N, L)
+    different = region[:, :, None] != region[:, None, :]                # (N, L, L)
+    return different * -100.0
 
 
 class WindowAttention(nn.Module):
@@ -82,34 +80,41 @@ class WindowAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, window: int):
         super().__init__()
-        self.num_heads, self.window = num_heads, window
+        self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
-        self.relative_position_bias_table = nn.Parameter(
-            torch.zeros((2 * window - 1) ** 2, num_heads))
+        table = torch.zeros((2 * window - 1) ** 2, num_heads)
+        self.relative_position_bias_table = nn.Parameter(table)
         self.register_buffer("index", relative_position_index(window), persistent=False)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """x (B, N, L, C), mask (N, L, L) or None -> (B, N, L, C)."""
         B, N, L, C = x.shape
-        q, k, v = self.qkv(x).view(B * N, L, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        bias = self.relative_position_bias_table[self.index].permute(2, 0, 1)  # (h, L, L)
-        bias = bias.to(q.dtype)[None]  # one for all windows, or with a mask (B*N, h, L, L)
+        qkv = self.qkv(x).view(B * N, L, 3, self.num_heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                    # (B*N, h, L, C/h) each
+        bias = self.relative_position_bias_table[self.index]    # (L, L, h)
+        bias = bias.permute(2, 0, 1)[None].to(q.dtype)          # (1, h, L, L)
         if mask is not None:
-            bias = (bias + mask[:, None].to(q.dtype)).repeat(B, 1, 1, 1)
-        if bias.requires_grad:  # the fused kernels' gradient of a bias is slow, on GPUs not safe
-            x = (q @ k.mT * q.shape[-1] ** -0.5 + bias).softmax(-1).to(v.dtype) @ v
-        else:  # the same, fused
+            bias = bias + mask[:, None].to(q.dtype)             # (N, h, L, L)
+            bias = bias.repeat(B, 1, 1, 1)                      # (B*N, h, L, L)
+        if bias.requires_grad:
+            # Fused kernels are slow at the gradient of a bias, and on some GPUs they crash.
+            scores = q @ k.mT * q.shape[-1] ** -0.5 + bias
+            x = scores.softmax(-1).to(v.dtype) @ v
+        else:
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        return self.proj(x.transpose(1, 2).reshape(B, N, L, C))  # x was (B*N, h, L, C/h)
+        x = x.transpose(1, 2).reshape(B, N, L, C)
+        return self.proj(x)
 
     def product_macs(self, x: Tensor) -> int:
-        """Multiply-accumulates of q k' and its product with v, for an input x (B, N, L, C)."""
+        """Multiply-accumulates of q k' and of its product with v, for an input x (B, N, L, C)."""
         B, N, L, C = x.shape
         return 2 * B * N * L * L * C
 
 
 class Mlp(nn.Module):
+    """Two linear layers with a GELU between them."""
+
     def __init__(self, dim: int, hidden: int):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
@@ -120,11 +125,12 @@ class Mlp(nn.Module):
 
 
 class SwinBlock(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); `shifted` displaces the windows by half."""
+    """Attention inside windows, then an MLP. If `shifted`, the windows lie half a window off."""
 
     def __init__(self, dim: int, num_heads: int, window: int, shifted: bool, drop_path: float):
         super().__init__()
-        self.window, self.shift = window, window // 2 if shifted else 0
+        self.window = window
+        self.shift = window // 2 if shifted else 0
         self.norm1 = nn.LayerNorm(dim)
         self.attn = WindowAttention(dim, num_heads, window)
         self.norm2 = nn.LayerNorm(dim)
@@ -132,27 +138,34 @@ class SwinBlock(nn.Module):
         self.drop_path = StochasticDepth(drop_path, mode="row")
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attend(self.norm1(x)))  # (B, H, W, C)
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        """(B, H, W, C) -> (B, H, W, C)."""
+        x = x + self.drop_path(self.attend(self.norm1(x)))
+        x = x + self.drop_path(self.mlp(self.norm2(x)))
+        return x
 
     def attend(self, x: Tensor) -> Tensor:
-        _, H, W, _ = x.shape
-        x = F.pad(x, (0, 0, 0, -W % self.window, 0, -H % self.window))  # zeros take part, as in
-        Hp, Wp = x.shape[1:3]                                           # the official detector
-        # A single window along an axis has nothing to shift.
-        shift = (self.shift if Hp > self.window else 0, self.shift if Wp > self.window else 0)
+        """Attention inside the windows of a map of any size, (B, H, W, C) -> (B, H, W, C)."""
+        H, W = x.shape[1:3]
+        # Pad to whole windows. The zeros take part in the attention, as in the official detector.
+        x = F.pad(x, (0, 0, 0, -W % self.window, 0, -H % self.window))
+        padded_H, padded_W = x.shape[1:3]
+        # A map that fits into a single window along an axis has nothing to shift there.
+        shift_y = self.shift if padded_H > self.window else 0
+        shift_x = self.shift if padded_W > self.window else 0
         mask = None
-        if any(shift):
-            x = x.roll((-shift[0], -shift[1]), (1, 2))
-            mask = shift_mask(Hp, Wp, self.window, shift, x.device)
-        x = from_windows(self.attn(to_windows(x, self.window), mask), self.window, Hp, Wp)
-        if any(shift):
-            x = x.roll(shift, (1, 2))
+        if shift_y > 0 or shift_x > 0:
+            x = x.roll((-shift_y, -shift_x), (1, 2))
+            mask = shift_mask(padded_H, padded_W, self.window, (shift_y, shift_x), x.device)
+        x = to_windows(x, self.window)
+        x = self.attn(x, mask)
+        x = from_windows(x, self.window, padded_H, padded_W)
+        if mask is not None:
+            x = x.roll((shift_y, shift_x), (1, 2))
         return x[:, :H, :W]
 
 
 class PatchMerging(nn.Module):
-    """Concatenate each 2x2 neighbourhood and halve the 4C channels; odd maps are zero-padded."""
+    """Concatenate each 2x2 neighbourhood and project its 4C channels to 2C."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -160,14 +173,16 @@ class PatchMerging(nn.Module):
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, H/2, W/2, 2C). A map of odd size is padded with zeros first."""
         x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
-        x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # (B, H/2, 2, W/2, 2, C)
-        x = x.permute(0, 1, 3, 4, 2, 5).flatten(3)  # (B, H/2, W/2, 4C), columns before rows
+        x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))   # (B, H/2, 2, W/2, 2, C)
+        # The official weights expect the four tokens column by column.
+        x = x.permute(0, 1, 3, 4, 2, 5).flatten(3)          # (B, H/2, W/2, 4C)
         return self.reduction(self.norm(x))
 
 
 class PatchEmbed(nn.Module):
-    """Image -> tokens of 4x4 pixels; up to three last rows or columns that fill none are unseen."""
+    """One token for each patch of 4x4 pixels. Rows or columns left over at the end are ignored."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -175,17 +190,20 @@ class PatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.norm(self.proj(image).permute(0, 2, 3, 1))  # (B, H/4, W/4, C)
+        """(B, 3, H, W) -> (B, H/4, W/4, C)."""
+        x = self.proj(image)
+        return self.norm(x.permute(0, 2, 3, 1))
 
 
 class Stage(nn.Module):
-    """One block for each rate in `drop_path`, every second one shifted, then the merging."""
+    """One block for each rate in `drop_path`, every second one shifted; then the patch merging."""
 
     def __init__(self, dim: int, num_heads: int, window: int, drop_path: list[float], merge: bool):
         super().__init__()
-        self.blocks = nn.Sequential(*(
-            SwinBlock(dim, num_heads, window, shifted=i % 2 == 1, drop_path=rate)
-            for i, rate in enumerate(drop_path)))
+        self.blocks = nn.Sequential()
+        for i, rate in enumerate(drop_path):
+            shifted = i % 2 == 1
+            self.blocks.append(SwinBlock(dim, num_heads, window, shifted, rate))
         self.downsample = PatchMerging(dim) if merge else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -193,11 +211,12 @@ class Stage(nn.Module):
 
 
 class SwinTransformer(nn.Module):
-    """The backbone: `patch_embed`, then four `layers`. `channels` are those of its four maps.
+    """The backbone: `patch_embed`, then four stages. `channels` are those of the stages' maps.
 
-    ADAPTED: the linear layers that get adapters, by the ends of their names. OTHERS: parts of the
-    names of what "others" means: patch embedding and merging with their norms, every LayerNorm,
-    the position-bias tables.
+    The attribute that holds the stages is called `layers`, as in the official checkpoints.
+    ADAPTED names the linear layers that can get adapters, by the ends of their names. OTHERS lists
+    parts of the names of all weights that the papers call "others": patch embedding and patch
+    merging with their norms, every LayerNorm, and the tables of position biases.
     """
 
     ADAPTED = {"attn": ("attn.qkv", "attn.proj"),
@@ -207,13 +226,19 @@ class SwinTransformer(nn.Module):
     def __init__(self, embed_dim: int, depths: tuple[int, ...], num_heads: tuple[int, ...],
                  window: int = 7, drop_path: float = 0.0):
         super().__init__()
-        rates = iter(drop_path * i / (sum(depths) - 1) for i in range(sum(depths)))  # deeper, more
-        last = len(depths) - 1
-        self.channels = [embed_dim * 2 ** min(i + 1, last) for i in range(len(depths))]
         self.patch_embed = PatchEmbed(embed_dim)
-        self.layers = nn.ModuleList(
-            Stage(embed_dim * 2 ** i, num_heads[i], window, list(islice(rates, depth)), i < last)
-            for i, depth in enumerate(depths))
+        self.layers = nn.ModuleList()
+        self.channels = []
+        num_blocks = sum(depths)
+        rates = [drop_path * i / (num_blocks - 1) for i in range(num_blocks)]  # more when deeper
+        last = len(depths) - 1
+        for i, depth in enumerate(depths):
+            dim = embed_dim * 2 ** i
+            merge = i < last
+            start = sum(depths[:i])
+            stage = Stage(dim, num_heads[i], window, rates[start:start + depth], merge)
+            self.layers.append(stage)
+            self.channels.append(2 * dim if merge else dim)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -223,108 +248,22 @@ class SwinTransformer(nn.Module):
                 nn.init.trunc_normal_(module.relative_position_bias_table, std=0.02)
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """Image (B, 3, H, W) -> each stage's output after its merging, (B, h, w, c)."""
-        x = self.patch_embed(image)  # (B, H/4, W/4, embed_dim)
+        """image (B, 3, H, W) -> one map (B, h, w, c) per stage, taken after its patch merging."""
+        x = self.patch_embed(image)     # (B, H/4, W/4, embed_dim)
         maps = []
         for stage in self.layers:
-            x = stage(x)  # (B, h, w, c)
+            x = stage(x)                # (B, h, w, c)
             maps.append(x)
         return maps
 
 
 def build_swin(name: str = "tiny", **overrides) -> SwinTransformer:
-    """A randomly initialised backbone from `PRESETS`; keywords override a preset's values."""
+    """A randomly initialised backbone from `PRESETS`.
+
+    Keyword arguments replace values of the preset or defaults of `SwinTransformer`, as in
+    build_swin("tiny", drop_path=0.2). Raises ValueError for an unknown name.
+    """
     if name not in PRESETS:
         raise ValueError(f"unknown backbone {name!r}; expected one of {', '.join(PRESETS)}")
-    return SwinTransformer(**{**PRESETS[name], **overrides})
-
-
-def official_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename torchvision's or timm's backbone weights to the official layout; drop the rest.
-
-    Dropped are the classifier, the final norm, and tables that can be computed.
-    """
-    def rename(key: str) -> str:
-        if key.startswith("features.0."):  # torchvision: features.0 is the patch embedding,
-            return key.replace("features.0.0", "patch_embed.proj").replace(
-                "features.0.2", "patch_embed.norm")
-        if key.startswith("features."):  # 1, 3, 5, 7 the stages and 2, 4, 6 the mergings
-            _, i, rest = key.split(".", 2)
-            if int(i) % 2 == 0:
-                return f"layers.{int(i) // 2 - 1}.downsample.{rest}"
-            rest = rest.replace("mlp.0.", "mlp.fc1.").replace("mlp.3.", "mlp.fc2.")
-            return f"layers.{int(i) // 2}.blocks.{rest}"
-        if timm:  # recent timm merges at the start of the next stage
-            return re.sub(r"^layers\.(\d+)\.downsample",
-                          lambda m: f"layers.{int(m[1]) - 1}.downsample", key)
-        return key
-
-    timm = not any(k.startswith("layers.0.downsample") for k in state)
-    derived = ("relative_position_index", "attn_mask")
-    return {rename(k): v for k, v in state.items()
-            if not k.startswith(("norm.", "head.")) and not k.endswith(derived)}
-
-
-def read_weights(source: str, name: str) -> dict[str, Tensor]:
-    """Weights of preset `name`: "imagenet", "torchvision" (cached) or a file, also of assets/."""
-    if source in ("imagenet", "torchvision") and name not in TORCHVISION_NAME:
-        raise ValueError(f"weights: there are none from {source} for backbone {name}")
-    how = dict(map_location="cpu", weights_only=True)
-    try:
-        if source == "imagenet":
-            url = OFFICIAL_URL.format(name=name)
-            torch.hub.load_state_dict_from_url(url, **how)
-            source = f"{torch.hub.get_dir()}/checkpoints/{Path(url).name}"  # where it is now
-        elif source == "torchvision":
-            weights = get_weight(f"{TORCHVISION_NAME[name]}.IMAGENET1K_V1")
-            return weights.get_state_dict(check_hash=True, **how)
-    except (OSError, RuntimeError) as error:  # no connection, or a wrong checksum
-        raise ValueError(f"weights: cannot download {source}'s for {name}: {error}; fetch the file "
-                         "by hand and give its path (README, Data)") from error
-    places = (Path(source), Path(__file__).parent / "assets" / source)
-    path = next((p for p in places if p.is_file()), None)
-    if path is None:
-        raise ValueError(f"weights: no file {source}; expected imagenet, torchvision, or the path "
-                         "of a Swin checkpoint")
-    try:
-        if zipfile.is_zipfile(path):  # torch.load does not compare its checksums
-            broken = zipfile.ZipFile(path).testzip()
-        else:  # the format before PyTorch 1.6 has none
-            known = SHA384.get(path.name, "")
-            broken = not sha384(path.read_bytes()).hexdigest().startswith(known)
-            if not known:
-                print(f"note: {path} is of a format without checksums: damage would go unnoticed")
-        if broken:
-            raise ValueError("checksum")
-        return torch.load(path, **how)
-    except Exception as error:  # torch.load documents no exception types for a damaged file
-        raise ValueError(f"weights: {source} is not a readable PyTorch checkpoint, or is damaged "
-                         f"({type(error).__name__})") from error
-
-
-def load_weights(swin: SwinTransformer, source: str, name: str = "tiny") -> dict:
-    """Load pretrained weights into `swin`, completely or not at all.
-
-    source: "imagenet" (Microsoft's ImageNet-1k file), "torchvision" (IMAGENET1K_V1), or a path to
-    a file in the official, torchvision or timm layout; name: the preset, for a download.
-    Returns {"source", "matched", "total"} and prints it. Raises ValueError that lists every
-    missing, unexpected or misshapen weight, or says what could not be fetched or read.
-    """
-    state = read_weights(source, name)
-    for key in ("model", "state_dict"):
-        state = state.get(key, state) if isinstance(state, dict) else {}
-    state = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
-    state, own = official_names(state), swin.state_dict()
-    problems = {
-        "missing": [k for k in own if k not in state],
-        "unexpected": [k for k in state if k not in own],
-        "misshapen": [f"{k} {tuple(state[k].shape)}, expected {tuple(own[k].shape)}"
-                      for k in own if k in state and state[k].shape != own[k].shape],
-    }
-    if any(problems.values()):
-        raise ValueError(f"weights {source} do not fit this backbone: " + "; ".join(
-            f"{len(names)} {kind}: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
-            for kind, names in problems.items() if names))
-    swin.load_state_dict(state)
-    print(f"backbone weights: {len(state)} of {len(own)} tensors matched, from {source}")
-    return {"source": source, "matched": len(state), "total": len(own)}
+    settings = {**PRESETS[name], **overrides}
+    return SwinTransformer(**settings)

@@ -1,20 +1,29 @@
-"""What a dense prediction task is: outputs, loss, metrics, what no learning scores, colours.
+"""Dense prediction tasks: loss, metrics, best constant prediction and colours of each.
 
-A label says itself which of its pixels are valid: a class of 255 is ignored, a depth of 0 and a
-normal of (0, 0, 0) were not measured. Losses and metrics look at valid pixels only. Metrics are
-sums: `sums(pred, label)` of any batches add up, and `metrics(sums)` divides once, so that it does
-not matter how a set was cut into batches. Without any valid pixel, and where a prediction is NaN,
-metrics are NaN. A loss is a mean over the valid pixels of a batch. Where the batch is computed in
-parts, `totals` of the whole of it, passed to each part's `loss`, make the parts' losses add up to
-the batch's.
+A label marks its own invalid pixels: class 255, depth 0 or normal (0, 0, 0). Losses and metrics
+use valid pixels only. `loss` is a mean over the valid pixels of the batch it is given, or 0 if
+there are none; the training loss is the sum of weight * loss over the tasks (eq. 8).
 
-A task's `kind` says how data.py checks and warps its labels; with it go `classes` or `channels`:
-classes      (H, W) integers below `classes`, or 255
-values       (channels, H, W) floats, as of the next two; a warp moves them
-distances    from the camera, as depth in metres; a zoom divides them, as walking closer would
-directions   as normals, x right, y down, z to the camera; x and y turn and flip with the picture
-Of a batch, labels are (B, H, W) int64 or (B, channels, H, W), predictions (B, outputs, H, W).
-References: arXiv 2509.19602, sections 4.2, 4.3 and eq. 7; MTLoRA, arXiv 2403.20320, section 4.1.
+A metric is computed from sums over the whole dataset, divided once at the end, so it does not
+depend on how the dataset is cut into batches: add up `sums(pred, label)` of all batches, then call
+`metrics(total)`. `sums` wants tensors on the CPU, because it counts in float64. Metrics are NaN if
+there is no valid pixel, or if a prediction at a valid pixel is NaN.
+
+    task = make_tasks(["depth"], classes=None)[0]
+    task.loss(pred, label).backward()
+    task.metrics(task.sums(pred.detach().cpu(), label.cpu()))    # {"rmse": ..., "abs_rel": ...}
+
+Shapes: B batch, H W pixels, C channels. Predictions are (B, outputs, H, W). A task's `kind` says
+how its labels look, and how data.py augments them:
+
+    classes      (B, H, W) int64, 0 to task.classes - 1, or 255 = ignore
+    values       (B, C, H, W) float, C = task.channels; augmentation moves them, nothing else
+    distances    like values, but zooming in by s divides them by s (metric depth)
+    directions   vectors, x right, y down, z towards the camera; flips and rotations of the image
+                 change x and y
+
+References: TGLoRA, arXiv 2509.19602, sections 4.2, 4.3 and eq. 7; MTLoRA, arXiv 2403.20320,
+section 4.1.
 """
 
 import math
@@ -26,164 +35,174 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = 255
-PARTS = ("background", "head", "torso", "upper arms", "lower arms", "upper legs", "lower legs")
+HUMAN_PARTS = ("background", "head", "torso", "upper arms", "lower arms", "upper legs",
+               "lower legs")
 
 
 class Segmentation:
-    """One class a pixel, of so many (None: the dataset says); mean intersection over union."""
+    """One class per pixel. The metric is the mean intersection over union of the classes."""
 
-    kind, metric, higher_is_better = "classes", "mIoU", True
+    kind = "classes"
+    metric = "mIoU"
+    higher_is_better = True
 
-    def __init__(self, name: str, classes: int | Sequence[str] | None, weight: float):
-        names = map(str, range(classes)) if isinstance(classes, int) else classes or ()
-        self.name, self.weight, self.names = name, weight, tuple(names)
-        self.classes = self.outputs = len(self.names) or None
+    def __init__(self, name: str, classes: int | Sequence[str], weight: float):
+        """classes: their names, or only how many; empty if this depends on the dataset."""
+        if isinstance(classes, int):
+            classes = [str(i) for i in range(classes)]
+        if len(classes) > IGNORE:
+            raise ValueError(f"{name}: expected at most {IGNORE} classes, got {len(classes)}")
+        self.name = name
+        self.weight = weight
+        self.names = tuple(classes)
+        self.classes = len(self.names)
+        self.outputs = self.classes
 
     def valid(self, label: Tensor) -> Tensor:
-        return label != IGNORE  # (B, H, W)
+        return label != IGNORE                                        # (B, H, W)
 
-    def totals(self, label: Tensor) -> Tensor:
-        return self.valid(label).sum()[None]
-
-    def loss(self, pred: Tensor, label: Tensor, totals: Tensor | None = None) -> Tensor:
-        """Cross-entropy, mean over valid pixels (0 when there are none)."""
-        pixels, = self.totals(label) if totals is None else totals
+    def loss(self, pred: Tensor, label: Tensor) -> Tensor:
+        """Cross-entropy."""
         error = F.cross_entropy(pred.float(), label, ignore_index=IGNORE, reduction="sum")
+        pixels = self.valid(label).sum()
         return error / pixels.clamp(min=1)
 
     def sums(self, pred: Tensor, label: Tensor) -> Tensor:
-        """Confusion matrix, (classes, classes): rows are true, columns predicted."""
-        valid, C = self.valid(label), self.outputs
-        pairs = label[valid] * C + pred.argmax(1)[valid]
-        counts = torch.bincount(pairs, minlength=C * C).reshape(C, C).double()
-        return counts + nan_if(pred.isnan().any(1) & valid)
+        """The confusion matrix (classes, classes): rows are true classes, columns predicted."""
+        valid = self.valid(label)
+        true = label[valid]
+        predicted = pred.argmax(1)[valid]
+        pairs = true * self.classes + predicted
+        counts = torch.bincount(pairs, minlength=self.classes ** 2).double()
+        counts = counts + nan_if_any(pred.isnan().any(1) & valid)
+        return counts.view(self.classes, self.classes)
 
     def metrics(self, sums: Tensor) -> dict[str, float]:
-        """mIoU over the classes that occur in truth or prediction, and pixel accuracy."""
-        sums = sums.reshape(self.outputs, self.outputs)
-        hit = sums.diag()
-        union = sums.sum(0) + sums.sum(1) - hit
+        """Mean IoU of the classes that are in a label or a prediction, and pixel accuracy."""
+        sums = sums.view(self.classes, self.classes)
+        hits = sums.diag()
+        union = sums.sum(0) + sums.sum(1) - hits
         occurs = union != 0
-        return {"mIoU": (hit[occurs] / union[occurs]).mean().item(),
-                "accuracy": (hit.sum() / sums.sum()).item()}
+        iou = hits[occurs] / union[occurs]
+        accuracy = hits.sum() / sums.sum()
+        return {"mIoU": iou.mean().item(), "accuracy": accuracy.item()}
 
     def best_constant(self, values: Tensor) -> Tensor:
-        """values: valid labels (N,) -> the majority class as logits (outputs,)."""
-        return F.one_hot(values.mode().values, self.outputs).float()
+        """Labels of valid pixels (N,) -> the most frequent class as logits (outputs,)."""
+        return F.one_hot(values.mode().values, self.classes).float()
 
     def colours(self, x: Tensor) -> Tensor:
-        """Prediction (outputs, H, W) or label (H, W) -> (3, H, W) in 0..1; ignored is black."""
+        """Prediction (outputs, H, W) or label (H, W) -> RGB (3, H, W) in 0..1; ignored is black."""
         label = x if x.ndim == 2 else x.argmax(0)
-        turn = label * 0.61803399 % 1  # golden-ratio hues: neighbouring classes look different
+        turn = label * 0.61803399 % 1       # golden-ratio hues: neighbouring classes look different
         hue = torch.stack([turn, turn + 1 / 3, turn + 2 / 3]) * (2 * math.pi)
-        level = 0.55 + 0.2 * (label % 3)
-        return (0.5 + 0.5 * hue.cos()) * level * (label != IGNORE)
+        brightness = 0.55 + 0.2 * (label % 3)
+        return (0.5 + 0.5 * hue.cos()) * brightness * (label != IGNORE)
 
 
 class Saliency:
-    """What catches the eye: 1 or 0 a pixel; IoU and F of the best of 15 thresholds."""
+    """Does this pixel belong to the salient object? Labels 1 or 0, predictions are logits.
 
-    name, weight, metric, higher_is_better = "sal", 5.0, "mIoU", True
-    kind, classes, outputs = "classes", 2, 1
-    thresholds = torch.arange(4, 19) / 20  # 0.20, 0.25 ... 0.90
+    The metric is the mean IoU of the images at the best of 15 thresholds, as in MTLoRA's code.
+    """
+
+    name = "sal"
+    kind = "classes"
+    classes = 2
+    outputs = 1
+    weight = 5.0
+    metric = "mIoU"
+    higher_is_better = True
+    thresholds = torch.arange(4, 19) / 20                             # 0.20, 0.25 ... 0.90
 
     def valid(self, label: Tensor) -> Tensor:
-        return label != IGNORE  # (B, H, W)
+        return label != IGNORE                                        # (B, H, W)
 
-    def totals(self, label: Tensor) -> Tensor:
-        return torch.stack([self.valid(label).sum(), (label == 1).sum()])
+    def class_weights(self, label: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights of salient and other pixels: each is the other's share of the valid pixels."""
+        pixels = self.valid(label).sum().clamp(min=1)
+        salient = (label == 1).sum()
+        return (pixels - salient) / pixels, salient / pixels
 
-    def loss(self, pred: Tensor, label: Tensor, totals: Tensor | None = None) -> Tensor:
-        """Balanced cross-entropy: each side weighted by the other's share of the valid pixels."""
-        pixels, positive = self.totals(label) if totals is None else totals
-        pixels = pixels.clamp(min=1)
-        balance = torch.where(label == 1, pixels - positive, positive) / pixels
-        error = F.binary_cross_entropy_with_logits(pred[:, 0].float(), (label == 1).float(),
+    def loss(self, pred: Tensor, label: Tensor) -> Tensor:
+        """Binary cross-entropy, weighted by class."""
+        valid = self.valid(label)
+        true = label == 1
+        positive, negative = self.class_weights(label)
+        weight = torch.where(true, positive, negative)
+        error = F.binary_cross_entropy_with_logits(pred[:, 0].float(), true.float(),
                                                    reduction="none")
-        return (error * balance * self.valid(label)).sum() / pixels
+        return (error * weight * valid).sum() / valid.sum().clamp(min=1)
 
     def sums(self, pred: Tensor, label: Tensor) -> Tensor:
-        """Images with valid pixels, then per threshold IoU, precision and recall, (1 + 3 * 15).
+        """The number of images with valid pixels, then the sum of their IoU per threshold (16,).
 
-        Against an empty truth an empty prediction scores 1 in all three, any other 0 but a recall
-        of 1; an empty prediction of something scores 0.
+        An image without a salient pixel has IoU 1 if none is predicted, otherwise 0.
         """
-        thresholds = self.thresholds.to(pred)[:, None, None, None]
-        valid, true = self.valid(label), label == 1  # (B, H, W)
-        found = (pred[:, 0].sigmoid() >= thresholds) & valid  # (15, B, H, W)
-        n_found = found.sum((2, 3)).double()  # pixels of each image, (15, B)
-        n_hit = (found & true).sum((2, 3)).double()
-        n_true = true.sum((1, 2)).double().expand_as(n_hit)
-
-        def ratio(a: Tensor, b: Tensor, empty: Tensor | float) -> Tensor:
-            return torch.where(b > 0, a / b.clamp(min=1), empty)
-
-        iou = ratio(n_hit, n_found + n_true - n_hit, 1.0)
-        precision = ratio(n_hit, n_found, (n_true == 0).double())
-        recall = ratio(n_hit, n_true, 1.0)
-        counts = valid.any((1, 2)).double()  # (B,)
-        scores = torch.stack([iou, precision, recall]) * counts  # (3, 15, B)
-        sums = torch.cat([counts.sum()[None], scores.sum(2).flatten()])
-        return sums + nan_if(pred[:, 0].isnan() & valid)
+        valid = self.valid(label)
+        true = label == 1
+        thresholds = self.thresholds[:, None, None, None]
+        predicted = (pred[:, 0].sigmoid() >= thresholds) & valid      # (15, B, H, W)
+        hits = (predicted & true).sum((2, 3)).double()                # (15, B)
+        union = (predicted | true).sum((2, 3)).double()
+        iou = torch.where(union > 0, hits / union.clamp(min=1), 1.0)
+        has_label = valid.any(2).any(1).double()                      # (B,)
+        images = has_label.sum()
+        sums = torch.cat([images[None], (iou * has_label).sum(1)])
+        return sums + nan_if_any(pred[:, 0].isnan() & valid)
 
     def metrics(self, sums: Tensor) -> dict[str, float]:
-        """mIoU: the best threshold's mean over images; maxF: the best F (beta^2 = 0.3) of means."""
-        iou, precision, recall = (sums[1:] / sums[0]).reshape(3, -1)
-        f = 1.3 * precision * recall / (0.3 * precision + recall).clamp(min=1e-9)
-        return {"mIoU": iou.max().item(), "maxF": f.max().item()}
+        images, iou = sums[0], sums[1:]
+        return {"mIoU": (iou / images).max().item()}
 
     def best_constant(self, values: Tensor) -> Tensor:
-        """Everything salient, as a logit (1,): with a constant, IoU has no better choice."""
+        """A logit (1,) that calls every pixel salient: no other constant reaches a higher IoU."""
         return torch.tensor([10.0])
 
     def colours(self, x: Tensor) -> Tensor:
-        """Prediction (1, H, W) or label (H, W) -> grey (3, H, W), white is salient."""
+        """Prediction (1, H, W) or label (H, W) -> grey RGB (3, H, W); white is 1."""
         grey = x.sigmoid()[0] if x.ndim == 3 else (x == 1).float()
         return grey.expand(3, -1, -1)
 
 
-class Edge:
-    """Borders of surfaces: 1 or 0 a pixel; F of the best threshold, the same for all images.
+class Edge(Saliency):
+    """Is this pixel on an edge? Like Saliency, but with fixed class weights and another metric.
 
-    A pixel is right where the other map has one within 0.0075 of the diagonal. Unlike the odsF of
-    the boundary benchmark, predictions are not thinned and several may meet the same true pixel.
+    The metric is F at the best threshold, one for the whole dataset. A pixel counts as correct if
+    the other map has an edge within 0.0075 of the image diagonal. Do not compare it with the odsF
+    of the boundary benchmark, which thins predictions and matches pixels one to one.
     """
 
-    name, weight, metric, higher_is_better = "edge", 50.0, "F", True  # weight: MTI-Net's
-    kind, classes, outputs, positive = "classes", 2, 1, 0.95  # edges are few: one weighs 0.95
-    thresholds = torch.arange(1, 20) / 20  # 0.05, 0.10 ... 0.95
-    valid, best_constant, colours = Saliency.valid, Saliency.best_constant, Saliency.colours
-    totals = Segmentation.totals
+    name = "edge"
+    weight = 50.0                                                     # MTI-Net's
+    metric = "F"
+    thresholds = torch.arange(1, 20) / 20                             # 0.05, 0.10 ... 0.95
 
-    def loss(self, pred: Tensor, label: Tensor, totals: Tensor | None = None) -> Tensor:
-        """Cross-entropy with fixed weights, mean over valid pixels (0 when there are none)."""
-        pixels, = self.totals(label) if totals is None else totals
-        true = (label == 1).float()
-        error = F.binary_cross_entropy_with_logits(pred[:, 0].float(), true, reduction="none")
-        balance = torch.where(label == 1, self.positive, 1 - self.positive)
-        return (error * balance * self.valid(label)).sum() / pixels.clamp(min=1)
+    def class_weights(self, label: Tensor) -> tuple[float, float]:
+        """Edges are rare: an edge pixel weighs 0.95, any other 0.05."""
+        return 0.95, 0.05
 
     def sums(self, pred: Tensor, label: Tensor) -> Tensor:
-        """Per threshold: predicted pixels, those that are right, true ones, those found, (4*19)."""
-        reach = max(1, round(0.0075 * math.hypot(*label.shape[1:])))
-
-        def near(x: Tensor) -> Tensor:  # (..., B, H, W) -> where x is true within reach
-            return F.max_pool2d(x.float(), 2 * reach + 1, stride=1, padding=reach) > 0
-
-        valid, true = self.valid(label), label == 1  # (B, H, W)
-        thresholds = self.thresholds.to(pred)[:, None, None, None]
-        found = (pred[:, 0].sigmoid() >= thresholds) & valid  # (19, B, H, W)
-        right, met = found & near(true), true & near(found)
-        true = true.expand_as(found)
-        sums = torch.stack([x.sum((1, 2, 3)).double() for x in (found, right, true, met)])
-        return sums.flatten() + nan_if(pred[:, 0].isnan() & valid)
+        """Pixels per threshold: predicted, correct, true, recalled: (4 * 19,)."""
+        valid = self.valid(label)
+        true = label == 1
+        thresholds = self.thresholds[:, None, None, None]
+        predicted = (pred[:, 0].sigmoid() >= thresholds) & valid      # (19, B, H, W)
+        H, W = label.shape[1:]
+        reach = max(1, round(0.0075 * math.hypot(H, W)))
+        correct = predicted & widened(true, reach)
+        recalled = true & widened(predicted, reach)
+        masks = torch.stack([predicted, correct, true.expand_as(predicted), recalled])
+        counts = masks.sum((2, 3, 4)).double()                        # (4, 19)
+        return counts.flatten() + nan_if_any(pred[:, 0].isnan() & valid)
 
     def metrics(self, sums: Tensor) -> dict[str, float]:
-        """F of the best threshold, with its precision and recall."""
-        found, right, true, met = sums.reshape(4, -1)
-        if not true[0] > 0:  # no label, or NaN
-            return dict.fromkeys(("F", "precision", "recall"), math.nan)
-        precision, recall = right / found.clamp(min=1), met / true
+        """F at the best threshold, with the precision and recall there."""
+        predicted, correct, true, recalled = sums.view(4, -1)
+        if not true[0] > 0:                               # no edge in any label, or sums are NaN
+            return {"F": math.nan, "precision": math.nan, "recall": math.nan}
+        precision = correct / predicted.clamp(min=1)
+        recall = recalled / true
         f = 2 * precision * recall / (precision + recall).clamp(min=1e-9)
         best = f.argmax()
         return {"F": f[best].item(), "precision": precision[best].item(),
@@ -191,138 +210,178 @@ class Edge:
 
 
 class Depth:
-    """Depth along the optical axis, in metres; root mean square error over pixels."""
+    """Depth along the optical axis in metres. The metric is the root mean square error."""
 
-    name, weight, metric, higher_is_better = "depth", 1.0, "rmse", False
-    kind, channels, outputs = "distances", 1, 1
-    marks = (1, 2, 3, 4, 6, 8, 10)  # metres, whose colours a legend shows
+    name = "depth"
+    kind = "distances"
+    channels = 1
+    outputs = 1
+    weight = 1.0
+    metric = "rmse"
+    higher_is_better = False
+    marks = (1, 2, 3, 4, 6, 8, 10)                        # metres, for the legend of a picture
 
     def valid(self, label: Tensor) -> Tensor:
-        return label > 0  # (B, 1, H, W)
+        return label > 0                                              # (B, 1, H, W)
 
-    def totals(self, label: Tensor) -> Tensor:
-        return self.valid(label).sum()[None]
-
-    def loss(self, pred: Tensor, label: Tensor, totals: Tensor | None = None) -> Tensor:
-        """L1 in metres, mean over valid pixels (0 when there are none)."""
-        pixels, = self.totals(label) if totals is None else totals
-        return ((pred.float() - label).abs() * self.valid(label)).sum() / pixels.clamp(min=1)
+    def loss(self, pred: Tensor, label: Tensor) -> Tensor:
+        """L1 in metres."""
+        valid = self.valid(label)
+        error = (pred.float() - label).abs() * valid
+        return error.sum() / valid.sum().clamp(min=1)
 
     def sums(self, pred: Tensor, label: Tensor) -> Tensor:
-        """Pixels, squared error, relative error."""
+        """Number of pixels, sums of squared errors and of relative errors (3,)."""
         valid = self.valid(label)
-        pred, label = pred[valid].double(), label[valid].double()
-        error = pred - label
-        return torch.stack([valid.sum().double(), (error ** 2).sum(), (error.abs() / label).sum()])
+        true = label[valid].double()
+        error = pred[valid].double() - true
+        square = error ** 2
+        relative = error.abs() / true
+        return torch.stack([valid.sum().double(), square.sum(), relative.sum()])
 
     def metrics(self, sums: Tensor) -> dict[str, float]:
-        """rmse in metres; abs_rel: mean absolute error relative to the true depth."""
-        n, square, relative = sums.tolist()
-        return {"rmse": math.sqrt(square / n) if n else math.nan,
-                "abs_rel": relative / n if n else math.nan}
+        """rmse in metres; abs_rel is the mean absolute error relative to the true depth."""
+        pixels, square, relative = sums
+        rmse = (square / pixels).sqrt()
+        return {"rmse": rmse.item(), "abs_rel": (relative / pixels).item()}
 
     def best_constant(self, values: Tensor) -> Tensor:
-        """values: valid depths (N,) -> the one depth with the least squared error, (1,)."""
+        """Depths of valid pixels (N,) -> their mean (1,), which has the least squared error."""
         return values.mean()[None]
 
     def colours(self, x: Tensor) -> Tensor:
-        """(1, H, W) in metres -> (3, H, W): near is yellow, 10 m dark blue; invalid is black."""
-        t = (x[0] / 10).clamp(0, 1).sqrt()
-        rgb = torch.stack([1.6 - 2.0 * t, 1.3 - 1.4 * t, 0.15 + 1.2 * t * (1 - t) + 0.25 * t])
-        return rgb.clamp(0, 1) * (x[0] > 0)
+        """Metres (1, H, W) -> RGB (3, H, W): near is yellow, 10 m is dark blue, invalid black."""
+        depth = x[0]
+        t = (depth / 10).clamp(0, 1).sqrt()
+        red = 1.6 - 2.0 * t
+        green = 1.3 - 1.4 * t
+        blue = 0.15 + 1.2 * t * (1 - t) + 0.25 * t
+        return torch.stack([red, green, blue]).clamp(0, 1) * (depth > 0)
 
 
 class Normals:
-    """Surface normals; the angle between prediction and truth in degrees.
+    """Surface normals. The metric is the mean angle between prediction and truth in degrees.
 
-    What this literature prints as "rmse" of normals is the mean angle: compare `mean` with it.
+    Trap: this literature prints the mean angle of normals as "rmse". Compare it with `mean`.
     """
 
-    name, weight, metric, higher_is_better = "normals", 10.0, "mean", False
-    kind, channels, outputs = "directions", 3, 3
+    name = "normals"
+    kind = "directions"
+    channels = 3
+    outputs = 3
+    weight = 10.0
+    metric = "mean"
+    higher_is_better = False
 
     def valid(self, label: Tensor) -> Tensor:
-        return label.norm(dim=1) > 0.5  # (B, H, W)
+        return label.norm(dim=1) > 0.5                    # (B, H, W); lengths are 1, or 0 = invalid
 
-    def totals(self, label: Tensor) -> Tensor:
-        return self.valid(label).sum()[None]
-
-    def loss(self, pred: Tensor, label: Tensor, totals: Tensor | None = None) -> Tensor:
-        """L1 between unit vectors, mean over valid pixels and their 3 coordinates."""
-        pixels, = self.totals(label) if totals is None else totals
-        error = (F.normalize(pred.float(), dim=1) - label).abs() * self.valid(label)[:, None]
-        return error.sum() / (3 * pixels).clamp(min=1)
+    def loss(self, pred: Tensor, label: Tensor) -> Tensor:
+        """L1 between unit vectors, a mean over the three coordinates, too."""
+        valid = self.valid(label)
+        unit = F.normalize(pred.float(), dim=1)
+        error = (unit - label).abs() * valid[:, None]
+        return error.sum() / (3 * valid.sum()).clamp(min=1)
 
     def sums(self, pred: Tensor, label: Tensor) -> Tensor:
-        """Pixels, angles, squared angles, pixels within 11.25, 22.5 and 30 degrees."""
+        """Number of pixels; sums of angles and squared angles; pixels within 11.25, 22.5 and 30
+        degrees (6,)."""
         valid = self.valid(label)
-        cosine = F.cosine_similarity(pred.double(), label.double(), dim=1)[valid]
-        angle = cosine.clamp(-1, 1).acos().rad2deg()
+        cosine = F.cosine_similarity(pred.double(), label.double(), dim=1)
+        angle = cosine[valid].clamp(-1, 1).acos().rad2deg()
         within = [(angle < limit).sum().double() for limit in (11.25, 22.5, 30)]
         sums = torch.stack([valid.sum().double(), angle.sum(), (angle ** 2).sum(), *within])
-        return sums + nan_if(angle.isnan())
+        return sums + nan_if_any(angle.isnan())
 
     def metrics(self, sums: Tensor) -> dict[str, float]:
-        """mean and true rmse of the angle in degrees, and the shares within three limits."""
-        n, angle, square, *within = sums.tolist()
-        if not n:
-            return dict.fromkeys(("mean", "rmse", "<11.25", "<22.5", "<30"), math.nan)
-        return {"mean": angle / n, "rmse": math.sqrt(square / n), "<11.25": within[0] / n,
-                "<22.5": within[1] / n, "<30": within[2] / n}
+        """Mean and true rmse of the angle in degrees; share of pixels within three limits."""
+        pixels = sums[0]
+        mean, mean_square, *within = sums[1:] / pixels
+        return {"mean": mean.item(), "rmse": mean_square.sqrt().item(),
+                "<11.25": within[0].item(), "<22.5": within[1].item(), "<30": within[2].item()}
 
     def best_constant(self, values: Tensor) -> Tensor:
-        """values: valid normals (N, 3) -> the direction of 500, or the mean, nearest to them."""
-        i = torch.arange(500) + 0.5  # a Fibonacci spiral covers the sphere evenly
-        z, turn = 1 - 2 * i / 500, math.pi * (1 + 5 ** 0.5) * i
-        r = (1 - z ** 2).sqrt()
-        sphere = torch.stack([r * turn.cos(), r * turn.sin(), z], 1)  # (500, 3)
-        sphere = torch.cat([F.normalize(values.mean(0)[None], dim=1), sphere])
-        values = values[::max(1, len(values) // 20000)]
-        angle = (F.normalize(values, dim=1) @ sphere.T).clamp(-1, 1).acos()  # (N, 501)
-        return sphere[angle.mean(0).argmin()]
+        """Normals of valid pixels (N, 3) -> the direction (3,) with the smallest mean angle.
+
+        Tries the normals' mean and 500 directions that cover the sphere evenly.
+        """
+        i = torch.arange(500) + 0.5                                   # a Fibonacci spiral
+        z = 1 - 2 * i / 500
+        radius = (1 - z ** 2).sqrt()
+        turn = math.pi * (1 + 5 ** 0.5) * i
+        sphere = torch.stack([radius * turn.cos(), radius * turn.sin(), z], 1)
+        mean = F.normalize(values.mean(0)[None], dim=1)
+        directions = torch.cat([mean, sphere])                        # (501, 3)
+        every = max(1, len(values) // 20000)
+        sample = F.normalize(values[::every], dim=1)
+        angle = (sample @ directions.T).clamp(-1, 1).acos()           # (N, 501)
+        return directions[angle.mean(0).argmin()]
 
     def colours(self, x: Tensor) -> Tensor:
-        """(3, H, W) -> (3, H, W) in 0..1, the usual (n + 1) / 2; invalid is black."""
+        """Normals (3, H, W) -> RGB (3, H, W), the usual (n + 1) / 2; invalid is black."""
         exists = x.norm(dim=0) > 1e-6
         return (F.normalize(x, dim=0) + 1) / 2 * exists
 
 
-def nan_if(mask: Tensor) -> Tensor:
-    """NaN where any of `mask` is true, else 0: a broken prediction must not look like a number."""
+def nan_if_any(mask: Tensor) -> Tensor:
+    """NaN if any of `mask` is true, else 0. Added to sums, so that a NaN prediction is noticed."""
     return torch.where(mask.any(), math.nan, 0.0).double()
 
 
-TASKS = {task.name: task for task in (Saliency(), Edge(), Depth(), Normals(), Segmentation(
-    "semseg", None, 1.0), Segmentation("human_parts", PARTS, 2.0))}
+def widened(mask: Tensor, reach: int) -> Tensor:
+    """Which pixels of (..., B, H, W) have a true one within a square of `reach` pixels around."""
+    return F.max_pool2d(mask.float(), 2 * reach + 1, stride=1, padding=reach) > 0
 
 
-def make_tasks(names: list[str], classes: int | Sequence[str] | None) -> list:
-    """The tasks called `names`, in that order; classes: the dataset's of semseg, or how many."""
-    if unknown := [name for name in names if name not in TASKS]:
-        raise ValueError(f"unknown task {unknown[0]!r}; expected some of {', '.join(TASKS)}, or "
-                         "your own, imported first (README, Your own task)")
-    if not names or len(set(names)) != len(names):
-        raise ValueError(f"tasks {','.join(names)!r}: expected each at most once, and at least one")
-    if classes is None and None in [TASKS[name].outputs for name in names]:
-        raise ValueError("semseg: how many classes? Put it into data.CLASSES")
-    return [copy(task) if task.outputs else Segmentation(task.name, classes, task.weight)
-            for task in map(TASKS.get, names)]
+# Your own task is one more entry, made before make_tasks is called (examples/own_dataset.py).
+TASKS = {
+    "semseg": Segmentation("semseg", (), weight=1.0),                 # the dataset has its classes
+    "human_parts": Segmentation("human_parts", HUMAN_PARTS, weight=2.0),
+    "sal": Saliency(),
+    "edge": Edge(),
+    "depth": Depth(),
+    "normals": Normals(),
+}
+
+
+def make_tasks(names: Sequence[str], classes: int | Sequence[str] | None) -> list:
+    """The tasks with these names, in this order.
+
+    classes: semseg's classes in this dataset, as names or as a number.
+    ValueError for an unknown or repeated name, or for semseg without classes.
+    """
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"tasks {','.join(names)!r}: expected at least one, and each only once")
+    tasks = []
+    for name in names:
+        if name not in TASKS:
+            raise ValueError(f"unknown task {name!r}; expected some of {', '.join(TASKS)}, or "
+                             "your own, whose file must be imported first (examples/own_dataset.py)")
+        task = copy(TASKS[name])
+        if not task.outputs:
+            if not classes:
+                raise ValueError(f"{name}: the number of classes is unknown; add the dataset to "
+                                 "data.CLASSES, or import the file that does")
+            task = Segmentation(name, classes, task.weight)
+        tasks.append(task)
+    return tasks
 
 
 def delta_m(results: dict, baseline: dict) -> float:
-    """Mean relative gain over a baseline, in percent (eq. 7); better is positive.
+    """Mean relative gain over a baseline in percent (eq. 7); positive is better.
 
-    results, baseline: {task: {metric: value}}. ValueError where the baseline lacks one of results'.
+    results, baseline: {task: {metric: value}}. ValueError if the baseline lacks a task's metric.
     """
     gains = []
     for task in make_tasks(list(results), classes=1):
+        value = results[task.name][task.metric]
         try:
             base = float(baseline[task.name][task.metric])
-            if not 0 < base < math.inf:
-                raise ValueError
-            gain = (results[task.name][task.metric] - base) / base
         except (KeyError, TypeError, ValueError):
-            raise ValueError(f"baseline: no {task.metric} of {task.name}, or not a number above 0; "
-                             'expected {"results": {task: {metric: value}}}') from None
+            base = math.nan
+        if not 0 < base < math.inf:
+            raise ValueError(f"baseline: no {task.metric} of {task.name}, or it is not a number "
+                             'above 0; expected {"results": {task: {metric: value}}}')
+        gain = (value - base) / base
         gains.append(gain if task.higher_is_better else -gain)
     return 100 * sum(gains) / len(gains)

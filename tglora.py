@@ -1,104 +1,137 @@
-"""Task-Grouped LoRA: one frozen linear layer, one low-rank adapter for each group of tasks.
+"""Task-Grouped LoRA: one frozen linear layer with a low-rank adapter for each group of tasks.
 
     y_g = W x_g + gamma B_g A_g x_g        (TGLoRA paper, section 3.2, eq. 4)
 
-All groups share the frozen W, so their inputs travel as one batch, group after group:
-x (G*B, ..., k). Only this layer unfolds the groups; whatever stands around it (norms, attention,
-activations) needs no change. One group is plain LoRA.
+The key trick: because all groups share the frozen W, their inputs travel as one batch, group after
+group: x (G*B, ..., k). Norms, activations and attention never learn that groups exist; only this
+layer takes the batch apart, to add each group's adapter. With one group it is plain LoRA.
 
     layer = TGLoRALinear(nn.Linear(96, 288), ranks=(32, 16, 16))    # three groups
     y = layer(x)                                                    # (3*B, L, 96) -> (3*B, L, 288)
 
-A backbone is cut into stages: `add_adapters` wraps the layers of each, `run_stages` branches
-between them. README, Use a module in your own project, has an example.
-Shapes: B batch, G groups, k inputs, d outputs, r rank, N rows of a group.
+To adapt a whole backbone, cut it into stages: `add_adapters` wraps the linear layers of a stage,
+`run_stages` branches between stages as the tree of tasks does.
+
+Shapes: B batch, G groups, r rank, k inputs, d outputs, N rows per group.
 References: arXiv 2509.19602, section 3.2; LoRA, arXiv 2106.09685.
 """
 
+import math
 from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-# They read weights of their linear layers and do not call these, the second one in eval mode
-# without gradients: adapters would be ignored there, silently.
-BYPASSING = nn.MultiheadAttention, nn.TransformerEncoderLayer
-
 
 class TGLoRALinear(nn.Module):
-    """`linear` frozen, plus one adapter of rank ranks[g] for each group g.
+    """`linear`, frozen, plus one adapter of rank ranks[g] for each group g.
 
-    Keeps the names `weight` and `bias`, so checkpoints of the wrapped model still fit; everything
-    that is added is named `lora_*`. scale is gamma of eq. 4, constant as in the paper's recipe.
+    The names `weight` and `bias` stay, so checkpoints of the original model still fit. Everything
+    that is added is called `lora_*`. `scale` is gamma of eq. 4, a constant in the paper's recipe.
+    Raises ValueError for a rank below 1, or for a lazy layer that has no weight yet.
     """
 
-    least_rank = 1
+    least_rank = 1  # extras.mtlora has groups without an adapter
 
     def __init__(self, linear: nn.Linear, ranks: Sequence[int], scale: float = 4.0,
                  dropout: float = 0.05):
         super().__init__()
         if not ranks or min(ranks) < self.least_rank:
-            raise ValueError(f"TGLoRALinear: every group needs a rank of at least 1, got {ranks}")
-        d, k = self.out_features, self.in_features = linear.weight.shape
-        self.ranks, self.scale, self.merged = tuple(ranks), scale, False
-        self.weight, self.bias = linear.weight, linear.bias
+            raise ValueError("TGLoRALinear: every group needs a rank of at least "
+                             f"{self.least_rank}, got {tuple(ranks)}")
+        if isinstance(linear.weight, nn.parameter.UninitializedParameter):
+            raise ValueError("TGLoRALinear: a lazy linear layer has no weight yet; run the model "
+                             "once before you adapt it")
+        d, k = linear.weight.shape
+        self.in_features = k
+        self.out_features = d
+        self.ranks = tuple(ranks)
+        self.scale = scale
+        self.dropout = dropout
+        self.merged = False
+        self.called = False  # set by forward, read by `check_called`
+
+        self.weight = linear.weight
+        self.bias = linear.bias
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
-        new = {"device": self.weight.device, "dtype": self.weight.dtype}
-        self.lora_A = nn.ParameterList(torch.empty(r, k, **new) for r in ranks)
-        self.lora_B = nn.ParameterList(torch.zeros(d, r, **new) for r in ranks)  # starts as W x
-        for A in filter(len, self.lora_A):
-            nn.init.kaiming_uniform_(A, a=5 ** 0.5)  # as nn.Linear does, and LoRA with it
-        self.dropout = dropout
+
+        self.lora_A = nn.ParameterList()
+        self.lora_B = nn.ParameterList()
+        for r in ranks:
+            A = self.weight.new_empty(r, k)
+            B = self.weight.new_zeros(d, r)  # zero: training starts from the frozen layer
+            if r > 0:
+                nn.init.kaiming_uniform_(A, a=5 ** 0.5)  # as in nn.Linear and in LoRA
+            self.lora_A.append(nn.Parameter(A))
+            self.lora_B.append(nn.Parameter(B))
+        self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (G*B, ..., k), groups one after another -> (G*B, ..., d)."""
-        if x.shape[0] % len(self.ranks):
-            raise ValueError(f"TGLoRALinear: a batch of {x.shape[0]} does not divide into "
-                             f"{len(self.ranks)} groups")
-        G, d, k = len(self.ranks), self.out_features, self.in_features
-        if self.merged:  # y_g = W_g x_g + bias
-            x = x.unflatten(0, (G, -1))
-            y = [F.linear(x[g], self.weight[g], self.bias) for g in range(G)]
-            return torch.cat(y) if G > 1 else y[0]
-        y = F.linear(x, self.weight, self.bias)
-        x = self.drop(x).reshape(G, -1, k)
-        return self.add_low_rank(y.view(G, -1, d), x).view(y.shape)
+        """x (G*B, ..., k), group after group -> (G*B, ..., d)."""
+        self.called = True
+        G = len(self.ranks)
+        if x.shape[0] % G:
+            raise ValueError(f"TGLoRALinear: a batch of {x.shape[0]} cannot be split into {G} "
+                             "groups of equal size")
+        if self.merged:
+            return self.forward_merged(x)
+        y = F.linear(x, self.weight, self.bias)                       # W x, for all groups at once
+        flat_x = self.drop(x).reshape(G, -1, self.in_features)        # (G, N, k)
+        flat_y = y.view(G, -1, self.out_features)                     # (G, N, d)
+        return self.add_low_rank(flat_y, flat_x).view(y.shape)
+
+    def forward_merged(self, x: Tensor) -> Tensor:
+        """After `merge` each group has its own weight: y_g = W_g x_g + bias."""
+        x = x.unflatten(0, (len(self.ranks), -1))                     # (G, B, ..., k)
+        y = [F.linear(x_g, W_g, self.bias) for x_g, W_g in zip(x, self.weight)]
+        return torch.cat(y)                                           # (G*B, ..., d)
 
     def drop(self, x: Tensor) -> Tensor:
-        """Dropout, of the adapters' input alone."""
-        if self.training and self.dropout:  # nn.Dropout would keep a mask of floats on the CPU
-            x = torch.native_dropout(x, self.dropout, True)[0]
-        return x
+        """Dropout on the adapters' input. The frozen product W x sees all of x."""
+        return F.dropout(x, self.dropout, self.training)
 
     def add_low_rank(self, y: Tensor, x: Tensor, groups: slice = slice(None)) -> Tensor:
-        """y (G, N, d), or one for all groups (1, N, d); x (G, N, k) -> y_g + gamma B_g A_g x_g."""
-        # All groups in one product: ranks that differ are padded with zeros.
-        A = pad_sequence(list(self.lora_A)[groups], batch_first=True)  # (G, r, k)
-        B = pad_sequence([B.T for B in list(self.lora_B)[groups]], batch_first=True)  # (G, r, d)
-        return torch.baddbmm(y, x @ A.mT, B, alpha=self.scale)  # eq. 4
+        """Eq. 4 for some groups: y_g + gamma B_g A_g x_g.
+
+        y (G, N, d), or (1, N, d) if all groups start from the same y; x (G, N, k) -> (G, N, d).
+        One batched product serves all groups: smaller ranks are padded with zeros.
+        """
+        A = list(self.lora_A)[groups]
+        B_transposed = [B.T for B in list(self.lora_B)[groups]]
+        A = pad_sequence(A, batch_first=True)                         # (G, r, k)
+        B_transposed = pad_sequence(B_transposed, batch_first=True)   # (G, r, d)
+        return torch.baddbmm(y, x @ A.mT, B_transposed, alpha=self.scale)
 
     def macs(self, rows: int) -> tuple[int, int]:
-        """Multiply-accumulates for `rows` inputs of each group: of W and bias, of the adapters."""
-        G, d, k = len(self.ranks), self.out_features, self.in_features
-        padded = 0 if self.merged else max(self.ranks)
-        return G * rows * d * (k + (self.bias is not None)), G * rows * padded * (k + d)
+        """Multiply-accumulates for `rows` rows per group: of W with its bias, of the adapters."""
+        G = len(self.ranks)
+        k = self.in_features
+        d = self.out_features
+        inputs = k if self.bias is None else k + 1
+        rank = 0 if self.merged else max(self.ranks)  # what the others are padded to
+        return G * rows * inputs * d, G * rows * rank * (k + d)
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Fold the adapters into one weight a group, (G, d, k): W_g = W + gamma B_g A_g.
+        """Fold each group's adapter into a weight of its group: W_g = W + gamma B_g A_g.
 
-        In float32, once, and never undone: for inference without a word of LoRA.
+        `weight` becomes (G, d, k) and the adapters are gone. Done in float32, once, and it cannot
+        be undone. Inference then costs no extra product.
         """
         if self.merged:
             raise ValueError("TGLoRALinear: already merged")
         W = self.weight.float()
-        self.weight = nn.Parameter(torch.stack([
-            (W + self.scale * B.float() @ A.float()).to(self.weight.dtype)
-            for A, B in zip(self.lora_A, self.lora_B)]), requires_grad=False)
+        merged = []
+        for A, B in zip(self.lora_A, self.lora_B):
+            W_g = W + self.scale * B.float() @ A.float()
+            merged.append(W_g.to(self.weight.dtype))
+        self.weight = nn.Parameter(torch.stack(merged), requires_grad=False)
         del self.lora_A, self.lora_B
         self.merged = True
 
@@ -108,72 +141,114 @@ class TGLoRALinear(nn.Module):
 
 
 def split_rank(rank: int, group_sizes: Sequence[int]) -> tuple[int, ...]:
-    """Share a layer's combined rank between its groups, in proportion to their tasks (4.3).
+    """Divide a combined rank between groups in proportion to their number of tasks (section 4.3).
 
-    The ranks sum to `rank` exactly and none is below 1. Raises ValueError when that cannot be.
+    The result sums to `rank` exactly and every group gets at least 1. What rounding leaves over
+    goes to the groups furthest below their share. Raises ValueError if there are more groups than
+    ranks.
     """
     if rank < len(group_sizes):
         raise ValueError(f"rank {rank} is smaller than the number of task groups, "
                          f"{len(group_sizes)}; every group needs a rank of at least 1")
-    share = [rank * size / sum(group_sizes) for size in group_sizes]
-    ranks = [max(1, int(s)) for s in share]
-    while sum(ranks) != rank:  # by the largest remainder
-        step = 1 if sum(ranks) < rank else -1
-        able = [i for i in range(len(ranks)) if ranks[i] + step >= 1]
-        best = max(able, key=lambda i: step * (share[i] - ranks[i]))
-        ranks[best] += step
+    shares = [rank * size / sum(group_sizes) for size in group_sizes]
+    ranks = [max(1, int(share)) for share in shares]
+    while sum(ranks) < rank:
+        missing = [share - r for share, r in zip(shares, ranks)]
+        ranks[missing.index(max(missing))] += 1
+    while sum(ranks) > rank:  # small groups were raised to 1: take it from those that have more
+        excess = [r - share if r > 1 else -math.inf for share, r in zip(shares, ranks)]
+        ranks[excess.index(max(excess))] -= 1
     return tuple(ranks)
 
 
 def add_adapters(module: nn.Module, names: Sequence[str], ranks: Sequence[int],
                  scale: float = 4.0, dropout: float = 0.05) -> None:
-    """Wrap, in place, each linear layer in `module` whose path ends in one of `names`.
+    """Wrap, in place, every linear layer in `module` whose path ends in one of `names`.
 
-    names: of whole modules, as ("attn.qkv", "mlp.fc1") for Swin's stages, ("mlp.0", "mlp.3") for
-    torchvision's ViT; ranks: one for each group. Raises ValueError for a name that no linear layer
-    has, and for a layer whose weight torch would read without calling it.
+    names: complete ends of paths, such as ("attn.qkv", "mlp.fc1") in Swin or ("mlp.0", "mlp.3") in
+    torchvision's ViT; ranks: one per group. A layer that is used at two paths gets one adapter.
+
+    Raises ValueError if no linear layer has such a name. Some modules do not call their linear
+    layers but read the weights, and there an adapter would silently do nothing: torchvision's Swin
+    and nn.MultiheadAttention always, nn.TransformerEncoderLayer in eval mode (unless you call
+    torch.backends.mha.set_fastpath_enabled(False)). So each forward pass of `module` checks that
+    all its adapters were called, and raises ValueError if not (except under torch.compile and
+    torch.export). If your model skips whole blocks at
+    random, adapt each block by itself.
     """
-    linears = {path: m for path, m in module.named_modules() if isinstance(m, nn.Linear)}
+    linears = {}
+    for path, child in module.named_modules(remove_duplicate=False):
+        if isinstance(child, nn.Linear):
+            linears[path] = child
     for name in names:
         if not any(f".{path}".endswith(f".{name}") for path in linears):
-            raise ValueError(f"add_adapters: no linear layer's path ends in {name!r}; there are "
-                             f"{', '.join(linears) or 'none'}")
-    for path, linear in linears.items():
-        if f".{path}".endswith(tuple(f".{name}" for name in names)):
-            parent, _, name = path.rpartition(".")
-            parent = module.get_submodule(parent)
-            if isinstance(parent, BYPASSING):
-                raise ValueError(f"add_adapters: {path} lies in nn.{type(parent).__name__}, which "
-                                 "may use its weight without calling it; adapt other layers")
-            setattr(parent, name, TGLoRALinear(linear, ranks, scale, dropout))
+            raise ValueError(f"add_adapters: no linear layer's path ends in {name!r}; the linear "
+                             f"layers are: {', '.join(linears) or 'none'}")
+
+    endings = tuple(f".{name}" for name in names)
+    paths = [path for path in linears if f".{path}".endswith(endings)]
+    adapted = {}
+    for path in paths:
+        linear = linears[path]
+        if linear not in adapted:
+            adapted[linear] = TGLoRALinear(linear, ranks, scale, dropout)
+        parent, _, leaf = path.rpartition(".")
+        setattr(module.get_submodule(parent), leaf, adapted[linear])
+    module.register_forward_hook(partial(check_called, paths))
+
+
+def check_called(paths: Sequence[str], module: nn.Module, inputs: Any, output: Any) -> None:
+    """Forward hook of `add_adapters`: every adapted layer in `paths` must have been called.
+
+    The hook stays, because torch's encoder layer calls its linear layers in train mode only. It
+    knows paths and not layers, so it also holds for a copy of the module.
+    """
+    if torch.compiler.is_compiling():  # also true under torch.export
+        return
+    idle = []
+    for path, layer in module.named_modules():
+        if path in paths and isinstance(layer, TGLoRALinear):
+            if not layer.called:
+                idle.append(path)
+            layer.called = False
+    if idle:
+        raise ValueError(f"add_adapters: {len(idle)} of {len(paths)} adapted layers were not "
+                         f"called in the forward pass, for example {idle[0]}: the model reads "
+                         "their weights directly and ignores the adapters; adapt other layers, or "
+                         "call torch.backends.mha.set_fastpath_enabled(False) if the model is a "
+                         "torch encoder in eval mode")
 
 
 def run_stages(stages: Iterable[nn.Module], x: Tensor, parents: Sequence[Sequence[int]]
                ) -> list[Tensor]:
-    """Run x through the stages of a backbone, branching before each as the task tree does.
+    """Run x through the stages of a backbone and branch before each stage as the tree does.
 
-    x (B, ...), what the first stage reads; parents[stage][group]: the group of the stage before
-    that this group branches off, all 0 in the first (of a tree: grouping.routing). A stage is fed
-    one batch (G*B, ...), group after group, and may be any module that treats its examples alike.
-    Returns each stage's output, (G, B, ...): a task reads that of its own group.
+    x (B, ...): the first stage's input. parents[stage][group]: the group of the previous stage
+    that this group continues, always 0 in the first stage (grouping.routing computes them from a
+    tree). Each stage gets one batch (G*B, ...), group after group; it may be any module that treats
+    the examples of a batch alike. Returns the output of every stage, (G, B, ...).
     """
-    x, maps = x[None], []  # (1, B, ...): one group, all tasks
+    x = x[None]                                       # (1, B, ...): one group of all tasks
+    maps = []
     for stage, parent in zip(stages, parents, strict=True):
-        if list(parent) != list(range(len(x))):  # the tree branches here
-            x = torch.stack([x[p] for p in parent])  # (G, B, ...)
-        x = stage(x.flatten(0, 1)).unflatten(0, (-1, x.shape[1]))  # (G*B, ...) -> (G, B, ...)
+        if list(parent) != list(range(len(x))):       # else nothing branches here: no copy needed
+            x = torch.stack([x[p] for p in parent])   # (G, B, ...)
+        B = x.shape[1]
+        x = stage(x.flatten(0, 1))                    # (G*B, ...)
+        x = x.unflatten(0, (-1, B))                   # (G, B, ...)
         maps.append(x)
     return maps
 
 
 def freeze(backbone: nn.Module, others: Sequence[str] = ()) -> None:
-    """Train the adapters alone, and parameters whose name contains one of `others`."""
+    """Train only the adapters, and the parameters whose name contains one of `others`."""
     for name, p in backbone.named_parameters():
-        p.requires_grad_("lora_" in name or any(part in name for part in others))
+        is_other = any(part in name for part in others)
+        p.requires_grad_("lora_" in name or is_other)
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Merge every TGLoRALinear of `model`, in place; returns the model."""
+    """Merge every TGLoRALinear of `model`, in place, and return the model."""
     for module in model.modules():
         if isinstance(module, TGLoRALinear):
             module.merge()

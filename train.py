@@ -1,319 +1,482 @@
-"""Train TGLoRA, from a frozen backbone to a results table, in one run.
+"""Train TGLoRA, from a frozen backbone to a table of results, in one run.
 
-    python train.py                                          # rooms: rendered, no downloads
-    python train.py --dataset nyud --data-root data          # NYUD-v2, the paper's recipe
-    python train.py --dataset nyud --data-root data --resume # go on where it stopped
-    python train.py --dataset nyud --data-root data --tree-only  # similarities and tree alone
+    python train.py                                            # rooms: rendered, no downloads
+    python train.py --dataset nyud --data-root data            # NYUD-v2 with the paper's recipe
+    python train.py --dataset nyud --data-root data --resume   # continue after an interruption
+    python train.py --dataset nyud --data-root data --tree-only      # similarity and tree only
+    torchrun --standalone --nproc_per_node=4 train.py --dataset nyud --data-root data
 
-`run` reads from top to bottom as a run goes: settings, data, similarity and tree, the network,
-epochs, table and pictures. Every knob is in recipes.py. Shuffling, augmentation and dropout of a
-step depend on (seed, step) alone, so a run can be continued from its step number.
+`run` reads from top to bottom, in the order in which things happen: settings, data, similarity and
+tree, network, epochs, results. Every knob is in recipes.py. The shuffling, augmentation and dropout
+of a step depend only on the seed and the step's number, so a run can continue from any step.
+
+On several GPUs each process computes its share of every batch, and DistributedDataParallel
+averages the gradients. Losses are means per process, and the first process does everything else:
+it measures similarity, evaluates, prints and saves.
+
+In a notebook: `import train; result = train.main([])`, with flags as a list of strings.
 Shapes: B batch, T tasks, H W pixels.
 References: arXiv 2509.19602, sections 4 and 7; docs/CHOICES.md.
 """
 
 import argparse
+import json
 import math
 import os
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from cost import fit_budget, format_frontier, ledger
-from data import (CLASSES, ToDevice, draw_augmentation, epoch_batches, loader, open_dataset, warp)
+from cost import ledger
+from data import CLASSES, draw_augmentation, epoch_batches, loader, open_dataset, warp
 from eval import evaluate, predictor, reference
-from flags import parse_arguments, read_baseline, settings, tree_without_choice
 from grouping import Partition, build_tree, format_tree, name_tree, read_tree
-from model import build
+from model import build, stage_ranks
+from recipes import parse_arguments
+from report import draw_curves, draw_samples, draw_tree, format_line, format_table
 from similarity import finetune_decoders, format_similarity, fresh_decoders, task_similarity
 from stability import stability
 from tasks import delta_m, make_tasks
-from util.checkpoint import (RUN_FILES, VERSIONS, check_out, check_space, fingerprint,
-                             load_optimizer, load_trained, lock, open_log, read_checkpoint, save,
-                             to_json, trained_state, write_json)
-from util.draw import draw_curves, draw_samples, draw_tree
-from util.parallel import Team
-from util.report import format_line, format_table
-from util.run import (LossMeter, amp_dtype, one_line_errors, pick_device, progress, reading,
-                      stop_signals)
+from tglora import split_rank
+from util import (VERSIONS, all_finite, amp_dtype, clock, fingerprint, load_optimizer, load_trained,
+                  one_line_errors, pick_device, progress, read_checkpoint, reading, save, to_json,
+                  trained_state, write_json, write_whole)
+
+
+# --- settings -------------------------------------------------------------------------------------
+def describe(config: argparse.Namespace) -> str:
+    """The settings that a run starts by printing."""
+    height, width = config.size
+    adapters = ""
+    if config.method == "tglora":
+        groups = ",".join(map(str, config.groups))
+        adapters = f"; groups {groups}, rank {config.rank}, {config.layers}"
+    return (f"{config.method} on {config.dataset}: {', '.join(config.tasks)}{adapters}\n"
+            f"backbone {config.backbone}, weights {config.weights}, images of {height}x{width}\n"
+            f"seed {config.seed}, {config.epochs} epochs, batches of {config.batch_size}, learning rate {config.lr:g}, "
+            f"on {config.device}, to {config.out}")
+
+
+def known_tree(config: argparse.Namespace) -> list[Partition] | None:
+    """The tree, if nothing has to be measured: it is in --tree, or --groups leaves no choice.
+
+    Otherwise None. Raises ValueError early if such groups or ranks cannot exist.
+    """
+    T = len(config.tasks)
+    if config.tree:
+        return read_tree(config.tree, config.tasks)
+    tree = build_tree(torch.zeros(T, T).numpy(), config.groups)
+    for partition, rank in zip(tree, stage_ranks(config)):
+        split_rank(rank, [len(group) for group in partition])
+    return tree if set(config.groups) <= {1, T} else None
+
+
+def read_results(path: Path) -> dict:
+    """A metrics.json of a run; null, which stands for no number, becomes NaN."""
+    with reading(path, "a metrics.json of a run"):
+        run = json.loads(path.read_text("utf-8-sig"))
+        for part in (run, run.get("last") or {"results": {}}):
+            for metrics in part["results"].values():
+                for name, value in metrics.items():
+                    metrics[name] = math.nan if value is None else float(value)
+    return run
+
+
+def read_baseline(config: argparse.Namespace) -> dict:
+    """{task: {metric: value}} from the files of --baseline, one for all tasks or one per task."""
+    baseline = {}
+    for path in config.baseline:
+        run = read_results(Path(path))
+        if run.get("dataset", config.dataset) != config.dataset:
+            raise ValueError(f"--baseline {path} is a run on {run['dataset']}, not on "
+                             f"{config.dataset}")
+        baseline |= run["results"]
+    tasks = make_tasks(config.tasks, CLASSES.get(config.dataset))
+    try:
+        delta_m({task.name: {task.metric: 1.0} for task in tasks}, baseline)
+    except ValueError as error:
+        raise ValueError(f"{', '.join(config.baseline)}: {error}") from error
+    return baseline
 
 
 # --- the tree -------------------------------------------------------------------------------------
-def compute_tree(config: argparse.Namespace, tasks: list, model: nn.Module, dataset,
-                 device: torch.device) -> tuple[list[Partition], list, dict]:
+def compute_tree(config: argparse.Namespace, tasks: Sequence, dataset,
+                 device: torch.device) -> tuple[list[Partition], dict]:
     """Train decoders on the frozen backbone, compare gradients, group the tasks (3.1, 3.3, 4.4).
 
-    model: one group, as the features are the same for all. Returns the tree, how sure each of its
-    stages is, and what tree.json says of the similarities.
+    Returns the tree, and the similarities as tree.json holds them.
     """
-    subset = epoch_batches(len(dataset), len(dataset), 1, config.seed)[0][:config.sim_images]
+    shuffled = epoch_batches(len(dataset), len(dataset), 1, config.seed)[0]
+    subset = shuffled[:config.sim_images]
     N = len(subset)
-    print(f"similarity: decoders trained on {N} images for {config.head_epochs} epochs, "
-          f"then gradients of {N} examples", flush=True)
+    batches = epoch_batches(N, config.batch_size, config.head_epochs, config.seed)
+    B = len(batches[0])
+    in_order = [list(range(i, min(i + B, N))) for i in range(0, N, B)]
+    one_by_one = [[i] for i in range(N)]
 
-    def load(batches: Sequence[list[int]]) -> Iterator[tuple[Tensor, dict]]:
+    def load(batches: Sequence[list[int]], label: str) -> Iterator[tuple[Tensor, dict]]:
+        """Images and labels of these batches of the subset, without augmentation."""
         own = [[subset[i] for i in batch] for batch in batches]
-        for batch in ToDevice(loader(dataset, own, config.workers), device):
-            yield warp(batch, config.size)  # not augmented
+        for batch in progress(loader(dataset, own, config.workers), label):
+            yield warp(batch, config.size, device)
 
-    amp = amp_dtype(config.amp, device)
+    print(f"similarity: training decoders on {N} images for {config.head_epochs} epochs, then "
+          f"comparing gradients on the same images", flush=True)
+    plain = argparse.Namespace(**{**vars(config), "method": "decoders"})
+    everyone = [tuple(range(len(tasks)))]
+    model = build(plain, tasks, [everyone] * 4).to(device)
     fresh_decoders(model, config.seed)
-    finetune_decoders(model, tasks, load,
-                      epoch_batches(N, config.batch_size, config.head_epochs, config.seed),
-                      config.head_lr, amp if amp is torch.bfloat16 else None)  # fp16 overflows
-    try:
-        found = task_similarity(model, tasks, load([[i] for i in range(N)]), config.normalize,
-                                model.backbone.layers)
-    except ValueError as error:
-        raise ValueError(f"{error}; use more images (--sim-images) or give --tree FILE") from error
-    print(format_similarity(found, config.tasks))
-    samples = found.stages if config.stage_similarity else found.samples
-    tree = build_tree(np.nanmean(samples, 0), config.groups, verbose=True)  # (T, T), or one a stage
-    choices = stability(tree, samples)
-    return tree, choices, {**found.as_json(), "choices": [c and c._asdict() for c in choices]}
+    amp = amp_dtype(config.amp, device)
+    if amp is torch.float16:
+        amp = None                              # it would overflow without a loss scaler
+    finetune_decoders(model, tasks, load(in_order, "feature maps"),
+                      progress(batches, "decoders"), config.head_lr, amp, steps=len(batches))
+    if not all_finite(model.state_dict()):
+        raise ValueError("the decoders that are trained for the similarity are not finite; try a "
+                         "lower --head-lr")
+    similarity = task_similarity(model, tasks, load(one_by_one, "gradients"), config.normalize)
+    print(format_similarity(similarity, config.tasks))
+
+    tree = build_tree(similarity.mean, config.groups)
+    choices = stability(tree, similarity.samples)
+    print(format_tree(tree, config.tasks, choices), flush=True)
+    saved = similarity.as_json()
+    saved["choices"] = [choice and choice._asdict() for choice in choices]
+    return tree, saved
+
+
+def shared_tree(config: argparse.Namespace, tasks: Sequence, dataset, device: torch.device,
+                rank: int, world: int) -> list:
+    """`compute_tree`, done by the first process and sent to all others."""
+    answer = [None, None]
+    if rank == 0:
+        answer = list(compute_tree(config, tasks, dataset, device))
+    if world > 1:
+        dist.broadcast_object_list(answer)
+    return answer
 
 
 # --- optimisation ---------------------------------------------------------------------------------
 def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW on what is trained; no decay on 1-D weights (biases, norms) and bias tables."""
+    """AdamW on the trained parameters; no decay on 1-D weights (biases, norms) and bias tables."""
     decayed, plain = [], []
     for name, p in model.named_parameters():
-        if p.requires_grad:
-            (plain if p.ndim == 1 or name.endswith("bias_table") else decayed).append(p)
-    return torch.optim.AdamW([{"params": decayed, "weight_decay": weight_decay},
-                              {"params": plain, "weight_decay": 0.0}], lr=lr, fused=True)
+        if not p.requires_grad:
+            continue
+        if p.ndim == 1 or name.endswith("bias_table"):
+            plain.append(p)
+        else:
+            decayed.append(p)
+    groups = [{"params": decayed, "weight_decay": weight_decay},
+              {"params": plain, "weight_decay": 0.0}]
+    fused = next(model.parameters()).device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(groups, lr=lr, fused=fused)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
-    """Linear to `peak` over the first share `warmup` of the steps, then a half cosine to 0."""
-    ramp = warmup * steps  # steps before the peak
+    """Linear up to `peak` during the first share `warmup` of the steps, then a half cosine to 0."""
+    ramp = warmup * steps                       # steps before the peak
     if step < ramp:
-        return peak * (step + 1) / (ramp + 1)  # the first step is not lost at rate 0
+        return peak * (step + 1) / (ramp + 1)   # the first step is not wasted on a rate of 0
     return peak * 0.5 * (1 + math.cos(math.pi * (step - ramp) / (steps - ramp)))
 
 
 def training_batches(config: argparse.Namespace, dataset, batches: Sequence[list[int]], start: int,
-                     team: Team) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """From step `start` on, this process's part of each batch: image (B, 3, H, W), labels.
+                     rank: int, world: int, device: torch.device
+                     ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """This process's share of each batch from step `start` on: image (B, 3, H, W) and labels."""
+    own = [batch[rank::world] for batch in batches[start:]]
+    for step, batch in enumerate(loader(dataset, own, config.workers), start):
+        # The augmentation, dropout and drop path of this step, whatever came before it.
+        torch.manual_seed(config.seed * 1_000_003 + step + 7919 * rank)
+        B = len(batch["image"])
+        augmentation = draw_augmentation(B, config.flip, config.scales, config.rotate)
+        yield warp(batch, config.size, device, **augmentation)
 
-    What is random in a step comes from (seed, step): the augmentation, drawn for the whole batch
-    and dealt out, and, as the generator is left, the step's dropout and drop path.
+
+def train_step(model: nn.Module, tasks: Sequence, optimizer: torch.optim.Optimizer,
+               scaler: torch.amp.GradScaler, image: Tensor, labels: dict[str, Tensor], clip: float,
+               amp: torch.dtype | None, parts: int = 1) -> Tensor:
+    """One update of the weights; returns the tasks' losses (T,), without their weights.
+
+    The batch may be computed in several parts, to save memory; the loss is the parts' mean.
+    All losses are NaN if the gradient is not finite. Nothing in here waits for the GPU.
     """
-    own = [team.share(batch) for batch in batches[start:]]
-    loaded = ToDevice(loader(dataset, own, config.workers), team.device)
-    for step, batch in enumerate(loaded, start):
-        seed = config.seed * 1_000_003 + step  # seeds of two runs do not meet
-        torch.manual_seed(seed)
-        # For all images, so that a process draws what one alone would.
-        drawn = draw_augmentation(len(batches[step]), config.flip, config.scales, config.rotate)
-        drawn = {name: team.share(values) for name, values in drawn.items()}
-        image, labels = warp(batch, config.size, **drawn)
-        torch.manual_seed(seed + 7919 * team.rank)  # every process drops others
-        yield image, labels
-
-
-def train_step(model: nn.Module, tasks: list, optimizer: torch.optim.Optimizer,
-               scaler: torch.amp.GradScaler, image: Tensor, labels: dict[str, Tensor],
-               parts: int, clip: float, amp: torch.dtype | None, team: Team) -> Tensor:
-    """One update from a batch computed in `parts`; returns the tasks' losses (T,), unweighted.
-
-    All are NaN where the gradient alone is not finite. Nothing in it waits for the GPU.
-    """
-    # Losses are means over the valid pixels of the whole batch, of all parts and processes.
-    totals = {task.name: team.sum(task.totals(labels[task.name])) for task in tasks}
-    truths = {task.name: labels[task.name].chunk(parts) for task in tasks}
-
     model.train()
     losses = torch.zeros(len(tasks), device=image.device)
-    for i, part in enumerate(image.chunk(parts)):
+    images = image.chunk(parts)
+    for i, part in enumerate(images):
         with torch.autocast(image.device.type, amp, enabled=amp is not None):
             predictions = model(part)
-        loss = torch.stack([task.loss(predictions[task.name], truths[task.name][i],
-                                      totals[task.name]) for task in tasks])  # (T,)
-        total = sum(task.weight * own for task, own in zip(tasks, loss.unbind()))  # eq. 8
-        scaler.scale(total * team.size).backward()  # which averages over the processes
-        losses += loss.detach()
-    scaler.unscale_(optimizer)  # the norm is to be of the true gradients
+        total = 0
+        for t, task in enumerate(tasks):
+            label = labels[task.name].chunk(parts)[i]
+            loss = task.loss(predictions[task.name], label) / len(images)
+            total = total + task.weight * loss                      # eq. 8
+            losses[t] += loss.detach()
+        scaler.scale(total).backward()
+    scaler.unscale_(optimizer)                  # clipping needs the true gradient
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(trained, clip)
-    scaler.step(optimizer)  # in fp16, not where a gradient overflowed
-    scaler.update()  # of the loss scale
+    scaler.step(optimizer)
+    scaler.update()
     optimizer.zero_grad()
-    if scaler.is_enabled():  # fp16's scaler has left out a step whose gradient overflows
+    if scaler.is_enabled():                     # fp16's scaler skipped the step if it overflowed
         return losses
-    return torch.where(losses.isfinite().all() & ~norm.isfinite(), math.nan, losses)
+    only_gradient = losses.isfinite().all() & ~norm.isfinite()
+    return torch.where(only_gradient, math.nan, losses)
 
 
-def quality(found: dict) -> float:
-    """Of an evaluation, higher is better: delta-m where it has one, else minus the loss."""
-    values = found.get("delta_m", math.nan), -found["loss"]
-    return next((value for value in values if not math.isnan(value)), -math.inf)
+class LossLog:
+    """Mean training losses since the last report, and the speed of training."""
+
+    def __init__(self, tasks: Sequence, batch_size: int, step: int, device: torch.device):
+        self.tasks, self.batch_size, self.device = tasks, batch_size, device
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        self.start, self.clock = step, time.monotonic()
+        self.sums = torch.zeros(len(self.tasks), device=self.device)    # (T,)
+        self.counts = torch.zeros_like(self.sums)
+
+    def add(self, losses: Tensor, labels: dict[str, Tensor]) -> None:
+        """Add a step's losses (T,), except those of tasks that the batch has no labels for."""
+        labelled = torch.stack([task.valid(labels[task.name]).any() for task in self.tasks])
+        self.sums += torch.where(labelled, losses, 0)
+        self.counts += labelled
+
+    def report(self, step: int, num_steps: int) -> dict[str, float | None]:
+        """Print and return the mean losses, None for a task without labels; then start again.
+
+        This waits for the GPU. Raises ValueError if a loss was not finite.
+        """
+        means, words, bad = {}, [], []
+        for task, total, count in zip(self.tasks, self.sums.tolist(), self.counts.tolist()):
+            means[task.name] = total / count if count else None
+            words.append(f"{task.name} {total / count:.3f}" if count else f"{task.name} -")
+            if not math.isfinite(total):
+                bad.append(task.name)
+        if bad:
+            raise ValueError(f"the loss of {', '.join(bad)}, or its gradient, is not finite between "
+                             f"steps {self.start} and {step}. The checkpoints are from before "
+                             "that. Try a lower --lr, or --amp off")
+        speed = (step - self.start) / (time.monotonic() - self.clock)   # steps per second
+        left = clock((num_steps - step) / speed)
+        memory = ""
+        if self.device.type == "cuda":
+            memory = f"  {torch.cuda.max_memory_allocated(self.device) / 2 ** 30:.1f} GiB"
+        print(f"step {step}/{num_steps}  {'  '.join(words)}  {speed * self.batch_size:.1f} images/s"
+              f"{memory}  {left} left", flush=True)
+        self.restart(step)
+        return means
+
+
+def validation_score(result: dict) -> float:
+    """Score used to pick the best epoch (higher is better): delta-m if known, else minus the loss.
+    """
+    for score in (result.get("delta_m", math.nan), -result["loss"]):
+        if not math.isnan(score):
+            return score
+    return -math.inf
 
 
 # --- the run --------------------------------------------------------------------------------------
-def run(config: argparse.Namespace, open_data: Callable = open_dataset) -> None:
-    """One run, flags to metrics.json, on open_data(config, split). ValueError on wrong input."""
-    # Settings: whatever can be wrong is said before any work.
-    team = Team(pick_device(config.device))  # one process, unless torchrun started more
-    device, amp = team.device, amp_dtype(config.amp, team.device)
+def start_processes(device: torch.device) -> tuple[int, int, torch.device]:
+    """(rank, number of processes, device). That is 0 and 1 unless torchrun started this program."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        return 0, 1, device
+    rank = int(os.environ["RANK"])
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    # The others wait while the first process measures similarity or evaluates: give it a day.
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(days=1))
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")
+    return rank, world, device
+
+
+def open_log(path: Path, step: int):
+    """log.jsonl, ready to append to, without the lines that are later than `step`."""
+    kept = ""
+    if path.exists():
+        with reading(path, "the log of a run; delete it to continue without the old lines"):
+            for line in path.read_text().splitlines(keepends=True):
+                if line.endswith("\n") and json.loads(line)["step"] <= step:
+                    kept += line
+    write_whole(path, kept.encode())
+    return open(path, "a", buffering=1)
+
+
+def run(config: argparse.Namespace) -> dict:
+    """One run, from its settings to its results. Returns the content of metrics.json.
+
+    Raises ValueError if a setting or a file is wrong.
+    """
+    # --- settings: fail early, before any work ---
+    rank, world, device = start_processes(pick_device(config.device))
+    leads = rank == 0
+    amp = amp_dtype(config.amp, device)
     tasks = make_tasks(config.tasks, CLASSES.get(config.dataset))
-    tree = read_tree(config.tree, config.tasks) if config.tree else None
-    config.groups = tuple(map(len, tree or ())) or config.groups
-    candidates = fit_budget(config)  # of which it takes its groups
-    tree = tree or tree_without_choice(config, len(tasks))  # None: the similarity decides
-    baseline = read_baseline(config, tasks) if config.baseline else None
-    out = Path(config.out)
-    check_out(config, tree)
-    print(settings(config))
-    plain = argparse.Namespace(**{**vars(config), "method": "decoders"})
-    plain = build(plain, tasks, [[tuple(range(len(tasks)))]] * 4).to(device)  # looks at the weights
+    baseline = read_baseline(config) if config.baseline else None
+    tree = known_tree(config)                   # None: the similarity will decide
+    out, last = Path(config.out), None
+    if config.resume:
+        last = read_checkpoint(out / "last.pt")
+        if "optimizer" not in last:
+            raise ValueError(f"{out / 'last.pt'} holds no optimizer, so it cannot be continued; is it "
+                             "a copy of best.pt?")
+        if last["best"]:
+            read_checkpoint(out / "best.pt")    # fail now if it is gone, not after the last epoch
+    elif out.exists():
+        continuing = " continue the run in it with --resume, or" if (out / "last.pt").exists() else ""
+        raise ValueError(f"{out} exists already, and nothing is overwritten:{continuing} choose "
+                         "another --out")
+    print(describe(config))
 
-    # Data, and the folder of the run.
-    with team.leader_first():  # which unpacks and parses, once
-        train_set, val_set = open_data(config, "train"), open_data(config, "val")
-    held = lock(out) if team.leads else None  # until this function ends, or the process
-    last, best_pt = check_out(config, tree) or (None, None)  # of the run that --resume continues
-    tree = last["tree"] if last else tree
+    # --- data: the first process unpacks it, the others wait ---
+    if rank > 0:
+        dist.barrier()
+    train_set, val_set = open_dataset(config, "train"), open_dataset(config, "val")
+    if world > 1 and leads:
+        dist.barrier()
     batches = epoch_batches(len(train_set), config.batch_size, config.epochs, config.seed)
-    num_steps, per_epoch = len(batches), len(batches) // config.epochs
-    batch_size = len(batches[0])  # smaller than asked for where there are fewer images
-    if batch_size % team.size:
-        raise ValueError(f"a batch of {batch_size} images cannot be shared evenly by {team.size} "
+    num_steps, steps_per_epoch = len(batches), len(batches) // config.epochs
+    batch_size = len(batches[0])                # less than asked for if there are fewer images
+    if batch_size % world:
+        raise ValueError(f"a batch of {batch_size} images cannot be shared evenly by {world} "
                          "processes; change --batch-size or --nproc_per_node")
-    one_by_one = [[i] for i in range(len(val_set))]
-    val_batches = ToDevice(loader(val_set, team.share(one_by_one), config.workers), device)
+    val_batches = loader(val_set, [[i] for i in range(len(val_set))], config.workers)
 
-    # Similarity and tree: computed where nothing else says what it is.
-    choices, similarity = (), {"similarity": None}
+    # --- similarity and tree ---
+    similarity = {"similarity": None}
+    if last:
+        tree, similarity = last["tree"], last["similarity"]
     if tree is None:
-        tree, choices, similarity = team.tell(
-            compute_tree(config, tasks, plain, train_set, device) if team.leads else None)
-    if candidates:
-        print(format_frontier(candidates, config, similarity))
-    print(format_tree(tree, config.tasks, choices), flush=True)
+        tree, similarity = shared_tree(config, tasks, train_set, device, rank, world)
+    elif config.method == "tglora":
+        print(f"the tree is known, so no similarity is measured\n{format_tree(tree, config.tasks)}")
     tree_json = {"tasks": config.tasks, **similarity, "tree": name_tree(tree, config.tasks)}
     if config.tree_only:
-        team.close()  # when all have looked at --out
-        if team.leads and not last:
+        if leads:
+            make_folder(out)
             write_json(out / "tree.json", tree_json)
             draw_tree(out / "tree.png", out / "tree.json")
-        return
+        return tree_json
 
-    # The network and what trains it.
+    # --- the network and its optimizer ---
     model = build(config, tasks, tree).to(device)
     counts = ledger(model)
     print(f"trained parameters: adapters {counts['adapters']:,} + decoders {counts['decoders']:,} "
           f"+ others {counts['others']:,} = {counts['trainable']:,} of {counts['total']:,}")
+    if world > 1 and device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if config.compile:
-        warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
-        model.compile(dynamic=False, fullgraph=team.size == 1)  # the weights keep their names
-    net = team.wrap(model)  # the same weights, gradients averaged over the team
+        model.compile(dynamic=False)            # in place: the weights keep their names
+    network = DistributedDataParallel(model) if world > 1 else model
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
-    check_space(out, model)  # now rather than after an epoch
-    meter, step, best, latest = LossMeter(config.tasks, 0, device), 0, None, None
+    scaler = torch.amp.GradScaler("cuda", enabled=amp is torch.float16)
+    step, best, latest = 0, None, None          # steps done; the best and the latest evaluation
     if last:
-        if best_pt is not last:
-            load_trained(model, best_pt, out / "best.pt")  # raises now where it does not fit
         load_trained(model, last, out / "last.pt")
-        with reading(out / "last.pt", "a last.pt of train.py"):
-            load_optimizer(optimizer, scaler, last)
-            meter.load_state(last, team.leads)
-            step, best, latest = range(num_steps + 1)[last["step"]], best_pt["best"], last["latest"]
-            for found in filter(None, (best, latest)):  # what one lacks shows here, not at the end
-                format_table(tasks, found, found["results"], config.size), format_line(tasks, found)
-    of_the_run = {"config": {k: v for k, v in vars(config).items() if k != "resume"},
-                  "tree": tree, "fingerprint": fingerprint(model), "versions": VERSIONS}
+        load_optimizer(optimizer, last["optimizer"], out / "last.pt")
+        scaler.load_state_dict(last["scaler"])
+        step, best, latest = last["step"], last["best"], last["latest"]
+    flags = {name: value for name, value in vars(config).items() if name not in ("resume", "out")}
+    constant = {"config": flags, "tree": tree, "similarity": similarity,
+                "fingerprint": fingerprint(model), "versions": VERSIONS}
 
-    def write(name: str) -> None:
-        """A checkpoint of this moment, by one process of the team."""
-        state = {**of_the_run, "model": trained_state(model), "step": step, "best": best,
-                 "latest": latest}
-        if name == "last.pt":  # what it takes to go on
-            state |= {**meter.state(), "optimizer": optimizer.state_dict(),
-                      "scaler": scaler.state_dict()}
-        if team.leads:
-            save(out / name, state)
+    def save_checkpoint(name: str, **more) -> None:
+        state = {**constant, "model": trained_state(model), "step": step, "best": best,
+                 "latest": latest, **more}
+        save(out / name, state)
 
-    # Epochs.
-    if not last:
-        write("last.pt")  # from now on --resume goes on, whatever happens
-    if team.leads and not (out / "tree.json").exists():
+    def save_for_resume() -> None:
+        save_checkpoint("last.pt", optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+
+    if leads:
+        if not last:
+            make_folder(out)
+            save_for_resume()
         write_json(out / "tree.json", tree_json)
-    log = open_log(out / "log.jsonl", step) if team.leads else open(os.devnull, "w")
-    with log, stop_signals() as signals:
-        for image, labels in training_batches(config, train_set, batches, step, team):
-            lr = learning_rate(step, num_steps, config.lr, config.warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            meter.sums += train_step(net, tasks, optimizer, scaler, image, labels,
-                                     config.accumulate, config.clip, amp, team)
-            step += 1  # from here on, steps done
-            epoch, end_of_epoch = step // per_epoch, step % per_epoch == 0
+        log = open_log(out / "log.jsonl", step)
 
-            # Once in a while: progress (the only wait for the GPU).
-            log_now = step % config.log_every == 0 or end_of_epoch
-            if log_now:
-                losses = meter.means(step, team.sum)
-                log.write(to_json({"step": step, "epoch": epoch, "lr": lr, "loss": losses}) + "\n")
-                progress(meter.line(losses, step, num_steps, batch_size), end_of_epoch)
-                meter.restart(step)
+    # --- epochs ---
+    losses = LossLog(tasks, batch_size, step, device)
+    steps = training_batches(config, train_set, batches, step, rank, world, device)
+    for image, labels in steps:
+        lr = learning_rate(step, num_steps, config.lr, config.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        step_losses = train_step(network, tasks, optimizer, scaler, image, labels, config.clip, amp,
+                                 config.accumulate)
+        losses.add(step_losses, labels)
+        step += 1                               # from here on, the number of steps done
+        epoch, end_of_epoch = step // steps_per_epoch, step % steps_per_epoch == 0
+        if not leads:
+            continue
+        if step % config.log_every == 0 or end_of_epoch:
+            means = losses.report(step, num_steps)      # the only place that waits for the GPU
+            log.write(to_json({"step": step, "epoch": epoch, "lr": lr, "loss": means}) + "\n")
+        if end_of_epoch and (epoch % config.eval_every == 0 or step == num_steps):
+            latest = evaluate(predictor(model, amp), tasks, progress(val_batches, "evaluation"),
+                              config.size, device)
+            latest |= {"step": step, "epoch": epoch}
+            if baseline:
+                latest["delta_m"] = delta_m(latest["results"], baseline)
+            log.write(to_json(latest) + "\n")
+            print(f"epoch {epoch}: {format_line(tasks, latest)}")
+            if best is None or validation_score(latest) > validation_score(best):
+                best = latest
+                save_checkpoint("best.pt")
+            losses.restart(step)                # evaluation does not count as training time
+        if end_of_epoch:
+            save_for_resume()
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    if not leads:
+        return {}
 
-            # Each epoch, or every so many: measure, keep the best.
-            if end_of_epoch and (epoch % config.eval_every == 0 or step == num_steps):
-                found = evaluate(predictor(model, amp), tasks, val_batches, config.size,
-                                 team.gather)
-                found |= {"step": step, "epoch": epoch}
-                if baseline:
-                    found["delta_m"] = delta_m(found["results"], baseline)
-                log.write(to_json(found) + "\n")
-                print(f"epoch {epoch}: {format_line(tasks, found)}")
-                latest = found
-                if best is None or quality(found) > quality(best):
-                    best = found
-                    write("best.pt")
-                meter.restart(step)  # evaluation is no part of the speed
-
-            # Each epoch, and when told to stop: save for --resume. Processes agree where they log.
-            stop = signals and team.size == 1 or log_now and team.any(bool(signals))
-            if end_of_epoch or stop:
-                write("last.pt")
-            if stop:
-                team.close()
-                raise SystemExit(f"stopped by {' '.join(signals) or 'a signal'} after step {step} "
-                                 f"of {num_steps}; continue with --resume")
-
-    # The table and the pictures, of best.pt.
-    if team.leads:
-        load_trained(model, read_checkpoint(out / "best.pt"), out / "best.pt")
-        every_batch = ToDevice(loader(val_set, one_by_one, config.workers), device)
-        constant = reference(tasks, every_batch, config.size)
-        write_json(out / "metrics.json", {
-            **best, "last": latest, "reference": constant, **counts, "seed": config.seed,
-            "tree": name_tree(tree, config.tasks), "dataset": config.dataset,
-            "flags": {k: v for k, v in of_the_run["config"].items() if k != "out"},
-            "versions": VERSIONS})
-        draw_samples(out / "predictions.png", predictor(model, amp), tasks, val_set, config.size,
-                     device)
-        draw_curves(out / "curves.png", out / "log.jsonl", tasks)
-        draw_tree(out / "tree.png", out / "tree.json")
-        print(f"best epoch {best['epoch']}: " + format_table(tasks, best, constant, config.size)
-              + f"\nlast epoch {latest['epoch']}: {format_line(tasks, latest)}"
-              + f"\nwrote {out}/: {', '.join(RUN_FILES)}")
-    team.close()
+    # --- results: the table and the pictures, of the best epoch ---
+    log.close()
+    load_trained(model, read_checkpoint(out / "best.pt"), out / "best.pt")
+    constants = reference(tasks, val_batches, config.size)
+    metrics = {**best, "last": latest, "reference": constants, **counts, "seed": config.seed,
+               "tree": name_tree(tree, config.tasks), "dataset": config.dataset,
+               "flags": flags, "versions": VERSIONS}
+    write_json(out / "metrics.json", metrics)
+    draw_samples(out / "predictions.png", predictor(model, amp), tasks, val_set, config.size, device)
+    draw_curves(out / "curves.png", out / "log.jsonl", tasks)
+    draw_tree(out / "tree.png", out / "tree.json")
+    print(f"best epoch {best['epoch']}: {format_table(tasks, best, constants, config.size)}\n"
+          f"last epoch {latest['epoch']}: {format_line(tasks, latest)}\n"
+          f"wrote {out}/: metrics.json predictions.png curves.png tree.png tree.json best.pt "
+          "last.pt log.jsonl")
+    return metrics
 
 
-def main(argv: list[str] | None = None) -> None:
+def make_folder(out: Path) -> None:
+    """Create the run's folder. Raises ValueError if another run has just created it."""
     try:
-        with one_line_errors():
-            run(parse_arguments(argv))
-    except KeyboardInterrupt:
-        raise SystemExit("interrupted; where there is a last.pt, continue with --resume, else "
-                         "start again") from None
+        out.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"cannot create {out}: {error.strerror}; choose another --out") from error
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """The command line as a function; returns the content of metrics.json."""
+    with one_line_errors():
+        return run(parse_arguments(argv))
 
 
 if __name__ == "__main__":

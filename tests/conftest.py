@@ -1,70 +1,216 @@
-"""Where the tests find small real data: TGLORA_DATA names a folder of mini archives."""
+"""Shared by the tests: small datasets in the layouts of the published archives, and real ones.
 
+Rendered rooms stand in for photos, so that nobody needs to own the real archives: a test asks for
+`nyud_folder` or `pascal_folder` (a fresh copy, which it may damage) or for `nyud_archive` or
+`pascal_archive` (a .tgz). A few real images are tested as well where they exist: TGLORA_DATA names
+the folder with NYUD_MT_mini.tgz and PASCAL_MT_mini.tgz.
+"""
+
+import functools
 import os
-from contextlib import contextmanager
+import shutil
+import tarfile
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
-import train
-from cost import cost
-from datasets.archives import find_dataset, unpack
+# Small networks run fastest on one thread, and sums are then always added in the same order.
+torch.set_num_threads(1)
 
-COSTS = {}
+# For each image: its split, the room's number, its height and width, and the labels it lacks.
+NYUD_ROOMS = {
+    "433": ("train", 0, (48, 64), ()),
+    "834": ("train", 1, (47, 62), ("depth", "normals")),
+    "1407": ("train", 2, (42, 56), ("semseg", "edge")),
+    "basement_0000": ("train", 3, (48, 64), ("semseg", "edge")),
+    "464": ("val", 4, (48, 64), ()),
+    "972": ("val", 5, (47, 62), ("depth", "normals")),
+}
+PASCAL_ROOMS = {
+    "2008_000008": ("train", 6, (44, 50), ()),
+    "2008_000009": ("train", 5, (37, 50), ()),
+    "2008_000019": ("train", 1, (27, 48), ()),
+    "2008_000026": ("val", 11, (50, 37), ()),
+}
+# The number that stands on disk for floor, ceiling, wall, box, sphere, cylinder and person.
+NYUD_NUMBERS = np.array([2, 22, 1, 29, 40, 38, 31], np.uint8)
+PASCAL_NUMBERS = np.array([0, 0, 0, 9, 20, 5, 15], np.uint8)
+CONTEXT_NUMBERS = np.array([158, 3, 457, 104, 207, 1, 2], np.uint16)    # NYUD has the first four
+PART_NAMES = {1: ("hair", "head"), 2: ("neck", "torso"), 3: ("luarm", "ruarm"),
+              4: ("llarm", "rhand"), 5: ("luleg", "ruleg"), 6: ("lfoot", "rlleg")}
 
 
+@functools.cache
 def costs(*flags: str) -> dict:
-    """What `eval.py --cost` counts for these flags; each configuration is built once."""
-    config = train.parse_arguments(list(flags))
-    key = (config.dataset, config.method, *config.tasks, config.groups, config.rank, config.layers,
-           config.backbone, config.size, config.reduction, config.fused, config.tree,
-           *config.without, "frozen", *config.frozen)
-    if key not in COSTS:
-        COSTS[key] = cost(config)
-    return COSTS[key]
+    """The costs that `python cost.py` prints for these flags, computed once per session."""
+    from cost import cost
+    from recipes import parse_arguments
+    return cost(parse_arguments(list(flags)))
 
 
-@contextmanager
-def stopped_after_an_epoch(monkeypatch):
-    """Runs inside end, as by Ctrl-C, as soon as the last.pt of an epoch is written."""
-    save = train.save
-
-    def save_and_stop(path, state):
-        save(path, state)
-        if path.name == "last.pt" and state["step"]:
-            raise KeyboardInterrupt
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "save", save_and_stop)
-        with pytest.raises(SystemExit, match="continue with --resume"):
-            yield
+def room(number: int, size: tuple[int, int]) -> dict[str, np.ndarray]:
+    """A rendered room as arrays (H, W) or (H, W, channels)."""
+    from rooms import render_room
+    sample = {}
+    for name, value in render_room((3, 0, number), *size).items():
+        array = value.numpy()
+        if array.ndim == 3:
+            array = array.transpose(1, 2, 0)
+        sample[name] = array[..., 0] if array.shape[2:] == (1,) else array
+    return sample
 
 
-def archive(name: str, what: str) -> Path:
-    folder = os.environ.get("TGLORA_DATA")
-    path = Path(folder or "") / name
-    if not folder or not path.is_file():
-        pytest.skip(f"needs real data: set TGLORA_DATA to a folder that holds {name} ({what})")
-    return path
+def write(path: Path, value: np.ndarray) -> None:
+    """Save an array as .npy, or as an image."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".npy":
+        np.save(path, value)
+    else:
+        Image.fromarray(value).save(path, quality=95, subsampling=0)
+
+
+def write_splits(folder: Path, rooms: dict) -> None:
+    """The lists of images, one file per split, with the byte order mark of a Windows editor."""
+    folder.mkdir(parents=True)
+    for split in ("train", "val"):
+        ids = [id for id, (its_split, *_) in rooms.items() if its_split == split]
+        (folder / f"{split}.txt").write_text("\n".join(ids) + "\n", "utf-8-sig")
+
+
+def write_nyud(root: Path) -> None:
+    """NYUD_ROOMS in the layout of NYUD_MT.tgz. A label that is missing is all zeros there."""
+    write_splits(root / "gt_sets", NYUD_ROOMS)
+    for id, (_, number, size, missing) in NYUD_ROOMS.items():
+        sample = room(number, size)
+        classes = NYUD_NUMBERS[sample["semseg"]]
+        classes[:2] = 0                     # void
+        labels = {"semseg": classes, "depth": sample["depth"], "normals": sample["normals"],
+                  "edge": sample["edge"].astype(np.float32)}
+        for task in missing:
+            labels[task] = np.zeros_like(labels[task])
+        write(root / f"images/{id}.jpg", sample["image"])
+        write(root / f"segmentation/{id}.png", labels["semseg"])
+        for task in ("depth", "normals", "edge"):
+            write(root / f"{task}/{id}.npy", labels[task])
+
+
+def write_pascal(root: Path) -> None:
+    """PASCAL_ROOMS in the layout of PASCAL_MT.tgz, with PASCAL's MATLAB files."""
+    savemat = pytest.importorskip("scipy.io").savemat
+    write_splits(root / "ImageSets/Context", PASCAL_ROOMS)
+    for id, (_, number, size, _) in PASCAL_ROOMS.items():
+        sample = room(number, size)
+        classes = PASCAL_NUMBERS[sample["semseg"]]
+        classes[:2] = 255
+        source = "pascal-context" if id == "2008_000019" else "VOC12"
+        normals = ((sample["normals"] + 1) * 127.5).round().astype(np.uint8)
+        write(root / f"JPEGImages/{id}.jpg", sample["image"])
+        write(root / f"semseg/{source}/{id}.png", classes)
+        write(root / f"normals_distill/{id}.png", normals)
+        write(root / f"sal_distill/{id}.png", sample["sal"] * 255)
+        for folder in ("human_parts", "pascal-context/trainval"):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+        savemat(root / f"human_parts/{id}.mat", {"anno": annotation(sample["human_parts"])})
+        context = {"LabelMap": CONTEXT_NUMBERS[sample["semseg"]]}
+        savemat(root / f"pascal-context/trainval/{id}.mat", context)
+
+
+def annotation(parts: np.ndarray) -> dict:
+    """PASCAL-Part's annotation of a person with these parts (H, W) if there is one, and of a cow.
+
+    The left half of a part has one name, the right half another.
+    """
+    left = np.zeros(parts.shape, bool)
+    left[:, :parts.shape[1] // 2] = True
+    objects = [{"class": "cow", "parts": structs([{"part_name": "head", "mask": left * 1}])}]
+    masks = []
+    for number, (left_name, right_name) in PART_NAMES.items():
+        masks.append({"part_name": left_name, "mask": ((parts == number) & left) * 1})
+        masks.append({"part_name": right_name, "mask": ((parts == number) & ~left) * 1})
+    if (parts != 255).any():
+        objects.append({"class": "person", "parts": structs(masks)})
+    return {"imname": "a room", "objects": structs(objects)}
+
+
+def structs(rows: list[dict]) -> np.ndarray:
+    """A MATLAB array of structs with the same fields."""
+    fields = [(name, object) for name in rows[0]]
+    return np.array([tuple(row.values()) for row in rows], dtype=fields)
+
+
+def pack(folder: Path, archive: Path) -> Path:
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(folder, folder.name)
+    return archive
 
 
 @pytest.fixture(scope="session")
-def nyud_archive() -> Path:
-    return archive("NYUD_MT_mini.tgz", "a few NYUD-v2 images in the layout of NYUD_MT.tgz")
+def nyud_original(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("nyud_original") / "NYUD_MT"
+    write_nyud(root)
+    return root
 
 
 @pytest.fixture(scope="session")
-def pascal_archive() -> Path:
-    return archive("PASCAL_MT_mini.tgz", "a few PASCAL images in the layout of PASCAL_MT.tgz")
+def pascal_original(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("pascal_original") / "PASCAL_MT"
+    write_pascal(root)
+    return root
 
 
 @pytest.fixture
-def nyud_folder(nyud_archive, tmp_path) -> Path:
-    """A fresh unpacked copy that a test may damage."""
-    return find_dataset("nyud", unpack("nyud", nyud_archive, tmp_path / "unpacked"))
+def nyud_folder(nyud_original, tmp_path) -> Path:
+    """A fresh copy, which a test may damage."""
+    return shutil.copytree(nyud_original, tmp_path / "NYUD_MT")
 
 
 @pytest.fixture
-def pascal_folder(pascal_archive, tmp_path, monkeypatch) -> Path:
-    """The same for PASCAL; what is parsed from it is kept in the test's folder."""
-    monkeypatch.setattr("datasets.archives.CACHE", tmp_path / "cache")
-    return find_dataset("pascal", unpack("pascal", pascal_archive, tmp_path / "unpacked"))
+def pascal_folder(pascal_original, tmp_path) -> Path:
+    """A fresh copy, which a test may damage."""
+    return shutil.copytree(pascal_original, tmp_path / "PASCAL_MT")
+
+
+@pytest.fixture(scope="session")
+def nyud_archive(nyud_original, tmp_path_factory) -> Path:
+    return pack(nyud_original, tmp_path_factory.mktemp("nyud") / "NYUD_MT.tgz")
+
+
+@pytest.fixture(scope="session")
+def pascal_archive(pascal_original, tmp_path_factory) -> Path:
+    return pack(pascal_original, tmp_path_factory.mktemp("pascal") / "PASCAL_MT.tgz")
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A folder (Path) and the address from where its files can be downloaded."""
+    folder = tmp_path / "server"
+    folder.mkdir()
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield folder, f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def copy_of_real(name: str, folder: Path) -> Path:
+    """A copy in `folder`, because an archive is unpacked next to itself. Skips without the file."""
+    path = Path(os.environ.get("TGLORA_DATA", ""), name)
+    if not path.is_file():
+        pytest.skip(f"needs real images: set TGLORA_DATA to a folder with {name}, an archive of a "
+                    f"few images in the layout of {name.replace('_mini', '')}")
+    return Path(shutil.copy2(path, folder))
+
+
+@pytest.fixture(scope="session")
+def real_nyud_archive(tmp_path_factory) -> Path:
+    return copy_of_real("NYUD_MT_mini.tgz", tmp_path_factory.mktemp("real_nyud"))
+
+
+@pytest.fixture(scope="session")
+def real_pascal_archive(tmp_path_factory) -> Path:
+    return copy_of_real("PASCAL_MT_mini.tgz", tmp_path_factory.mktemp("real_pascal"))

@@ -1,56 +1,97 @@
-"""eval.py's averages and cost.py's counts, each on a case that can be done by hand."""
+"""eval.py: averages that can be done by hand, the command, and photos."""
+
+import json
+import math
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import nn
 
-from cost import count_macs
-from data import CLASSES
-from eval import evaluate, predictor
-from swin import WindowAttention
+import eval
+import train
+from eval import best_constants, evaluate, load_run, predictor, reference
+from report import format_table
 from tasks import make_tasks
-from tglora import TGLoRALinear
-from util.draw import draw_photos, draw_samples, legend
 
-GREY = torch.full((3, 4, 4), 128, dtype=torch.uint8)
+CPU = torch.device("cpu")
 
 
 def batch(depth):
-    """One image of 4x4 whose left half is `depth` metres away, if any; the rest is not measured."""
-    label = torch.zeros(1, 4, 4)
+    """One image of 4x4 pixels whose left half is `depth` metres away; the right is not measured."""
+    label = torch.zeros(1, 1, 4, 4)
     label[..., :2] = depth
-    return {"size": torch.tensor([[4, 4]]), "image": GREY[None], "depth": label[None],
-            "semseg": torch.full((1, 4, 4), 2, dtype=torch.uint8)}
+    return {"size": torch.tensor([[4, 4]]),
+            "image": torch.full((1, 3, 4, 4), 128, dtype=torch.uint8),
+            "depth": label, "semseg": torch.full((1, 4, 4), 2, dtype=torch.uint8)}
 
 
-def test_the_validation_loss_is_of_labelled_images():
-    """Their mean a task, weighted; an image without any depth is none; pixels are counted."""
+def predict_two_metres(image):
+    B, _, H, W = image.shape
+    return {"depth": torch.full((B, 1, H, W), 2.0), "semseg": torch.zeros(B, 3, H, W)}
+
+
+def test_the_validation_loss_is_a_mean_over_labelled_images():
+    """Per task, then weighted and summed (eq. 8); an image without depth does not count for it."""
     depth, semseg = tasks = make_tasks(["depth", "semseg"], 3)
     depth.weight, semseg.weight = 4.0, 0.5
-    found = evaluate(lambda image: {"depth": torch.full((1, 1, 4, 4), 2.0),
-                                    "semseg": torch.zeros(1, 3, 4, 4)},
-                     tasks, [batch(3.0), batch(0.0), batch(5.0)], (4, 4))
-    assert found["loss"] == pytest.approx(4 * (1 + 3) / 2 + 0.5 * torch.tensor(3.0).log().item())
-    assert found["pixels"] == {"depth": 16, "semseg": 48} and found["images"] == 3
-    assert found["results"]["depth"]["rmse"] == pytest.approx(((1 + 9) / 2) ** 0.5)
+    result = evaluate(predict_two_metres, tasks, [batch(3.0), batch(0.0), batch(5.0)], (4, 4), CPU)
+    assert result["loss"] == pytest.approx(4 * (1 + 3) / 2 + 0.5 * math.log(3))
+    assert result["pixels"] == {"depth": 16, "semseg": 48} and result["images"] == 3
+    assert result["results"]["depth"]["rmse"] == pytest.approx(((1 + 9) / 2) ** 0.5)
+    assert result["nan"] == {"depth": 0, "semseg": 0}
 
 
-def test_size_none_means_the_images_own():
-    """--native: predicted and compared as large as it is."""
+def test_nan_predictions_are_counted_and_not_averaged_away():
+    """Three bad pixels make the metric NaN, and the table says how many there were."""
+    def broken(image):
+        predictions = predict_two_metres(image)
+        predictions["depth"][0, 0, :3, 0] = math.nan
+        predictions["depth"][0, 0, :3, 3] = math.nan            # not valid, so not counted
+        return predictions
+    tasks = make_tasks(["depth"], 3)
+    result = evaluate(broken, tasks, [batch(3.0)], (4, 4), CPU)
+    assert result["nan"] == {"depth": 3} and math.isnan(result["results"]["depth"]["rmse"])
+    text = format_table(tasks, result, {"depth": {"rmse": 1.0, "abs_rel": 1.0}}, (4, 4))
+    assert "not a number (NaN) at 3 of 8 valid pixels" in text
+
+
+def test_a_task_without_labels_has_no_metric():
+    """Neither for the network nor for the constant; the table says why."""
+    tasks = make_tasks(["depth"], 3)
+    result = evaluate(predict_two_metres, tasks, [batch(0.0)], None, CPU)
+    constants = reference(tasks, [batch(0.0)], None)
+    assert math.isnan(result["results"]["depth"]["rmse"])
+    assert math.isnan(constants["depth"]["rmse"]) and result["pixels"] == {"depth": 0}
+    assert result["loss"] == 0
+    assert "no image has a label for this task" in format_table(tasks, result, constants, None)
+
+
+def test_the_constant_is_fitted_to_valid_pixels():
+    """The mean depth of the measured halves, the most common class."""
+    tasks = make_tasks(["depth", "semseg"], 3)
+    batches = [batch(3.0), batch(5.0), batch(0.0)]
+    constants = best_constants(tasks, batches, (4, 4))
+    assert constants["depth"].tolist() == [4.0] and constants["semseg"].tolist() == [0, 0, 1]
+    results = reference(tasks, batches, (4, 4))
+    assert results["depth"]["rmse"] == pytest.approx(1.0) and results["semseg"]["mIoU"] == 1
+
+
+def test_without_a_size_images_keep_their_own():
+    """--native predicts and compares at each image's own size."""
     shapes = []
 
     def predict(image):
         shapes.append(tuple(image.shape))
-        return {"depth": torch.ones(1, 1, *image.shape[2:])}
+        return predict_two_metres(image)
     for size in (None, (32, 40)):
-        evaluate(predict, make_tasks(["depth"], 3), [batch(1.0)], size)
+        evaluate(predict, make_tasks(["depth"], 3), [batch(1.0)], size, CPU)
     assert shapes == [(1, 3, 4, 4), (1, 3, 32, 40)]
 
 
 def test_predictions_are_made_in_evaluation_mode_under_autocast():
-    """No dropout, running statistics; --amp bf16 computes in bf16."""
+    """No dropout; bf16 computes in bf16."""
     model = nn.Sequential(nn.Dropout(0.5), nn.Conv2d(3, 2, 1)).train()
     image = torch.ones(1, 3, 4, 4)
     predict = predictor(model, None)
@@ -58,92 +99,63 @@ def test_predictions_are_made_in_evaluation_mode_under_autocast():
     assert predictor(model, torch.bfloat16)(image).dtype is torch.bfloat16
 
 
-# --- photos ---
-def predict_nothing(tasks):
-    return lambda image: {task.name: torch.zeros(1, task.outputs, 4, 4) for task in tasks}
+# --- the command ----------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of a few steps and its metrics."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    metrics = train.main([
+        "--tasks", "semseg,depth,normals", "--train-rooms", "4", "--val-rooms", "3", "--size",
+        "32", "--epochs", "1", "--batch-size", "4", "--groups", "1,1,1,3", "--device", "cpu",
+        "--out", str(out)])
+    return out, metrics
 
 
-def draw_these(folder, photos, tasks):
-    return draw_photos(photos, folder, predict_nothing(tasks), tasks, (32, 32),
-                       torch.device("cpu"))
+def test_evaluating_a_checkpoint_repeats_the_results_of_its_run(trained, capsys):
+    """As JSON and as a table, from the file and from its folder; at native size as well."""
+    out, metrics = trained
+    capsys.readouterr()
+    flags = ["--device", "cpu", "--workers", "0"]
+    eval.main(["--checkpoint", str(out / "best.pt"), "--json", *flags])
+    again = json.loads(capsys.readouterr().out)
+    assert again["results"] == metrics["results"] and again["reference"] == metrics["reference"]
+    eval.main(["--checkpoint", str(out), "--native", *flags])
+    first, head, *rows = capsys.readouterr().out.splitlines()
+    assert first.startswith("3 images at their own size, loss ")
+    assert head.split() == ["task", "metric", "result", "constant", "valid", "pixels"]
+    starred = [row.split() for row in rows if "*" in row]
+    pixels = f"{3 * 32 * 32:,}"
+    assert [(row[0], row[1], row[4], row[5]) for row in starred] == [
+        ("semseg", "mIoU", "*up", pixels), ("depth", "rmse", "*down", pixels),
+        ("normals", "mean", "*down", pixels)]
 
 
-def test_a_picture_is_never_overwritten(tmp_path):
-    """Drawn again, and of photos with the same name from two folders: they are numbered."""
-    photos = [tmp_path / "a/photo.png", tmp_path / "b/photo.png"]
-    for photo in photos:
-        photo.parent.mkdir()
-        Image.new("RGB", (40, 30)).save(photo)
-    tasks = make_tasks(["depth"], 3)
-    names = [path.name for path in draw_these(tmp_path, photos, tasks)]
-    assert names == ["photo.predicted.png", "photo.predicted-2.png"]
-    before = (tmp_path / names[0]).read_bytes()
-    assert draw_these(tmp_path, photos[:1], tasks) == [tmp_path / "photo.predicted-3.png"]
-    assert (tmp_path / names[0]).read_bytes() == before
+def test_a_trained_network_can_be_used_from_python(trained):
+    """load_run returns the network, its tasks and its settings."""
+    model, tasks, config = load_run(trained[0])
+    with torch.no_grad():
+        predictions = model.eval()(torch.zeros(2, 3, 48, 40))
+    assert {name: tuple(x.shape) for name, x in predictions.items()} == {
+        "semseg": (2, 7, 48, 40), "depth": (2, 1, 48, 40), "normals": (2, 3, 48, 40)}
+    assert [task.name for task in tasks] == list(config.tasks) and config.rank == 20
 
 
-def test_every_fault_of_a_photo_is_named_and_the_rest_is_drawn(tmp_path):
-    """One of 1 pixel height, one that is none, one of 8000x4000 that is drawn smaller."""
-    Image.new("RGB", (640, 1)).save(tmp_path / "thin.png")
-    (tmp_path / "text.png").write_text("no image")
-    Image.new("L", (8000, 4000)).save(tmp_path / "huge.png")
-    photos = [tmp_path / name for name in ("thin.png", "text.png", "huge.png")]
-    with pytest.raises(ValueError, match="thin.png: it is 640x1 pixels, .*; cannot read image "
-                       ".*text.png: .*; wrote .*huge.predicted.png$"):
-        draw_these(tmp_path, photos, make_tasks(["depth"], 3))
-    assert Image.open(tmp_path / "huge.predicted.png").width == 2 * (2048 + 2)
-
-
-@pytest.mark.parametrize("dataset, tasks, words", [
-    ("nyud", ["semseg", "depth"], ["wall", "floor mat", "other prop", "1 m", "10 m", "depth:"]),
-    ("pascal", ["semseg", "human_parts", "sal"], ["background", "tv monitor", "torso", "sal"]),
-    ("rooms", ["semseg", "normals"], ["floor", "cylinder", "normals"])])
-def test_pictures_say_what_is_in_them(tmp_path, monkeypatch, dataset, tasks, words):
-    """Each column its task, each class and some depths their colours: of a photo, of samples."""
-    written, text = [], ImageDraw.ImageDraw.text
-
-    def note(pen, place, words, *args):
-        written.append(words)
-        text(pen, place, words, *args)
-    monkeypatch.setattr(ImageDraw.ImageDraw, "text", note)
-    Image.new("RGB", (40, 30), (200, 0, 0)).save(tmp_path / "photo.png")
-    tasks = make_tasks(tasks, CLASSES[dataset])
-    path, = draw_these(tmp_path, [tmp_path / "photo.png"], tasks)
-    assert written[:2] == ["image", tasks[0].name] and set(words) <= set(written)
-    assert (np.array(Image.open(path))[20:40, 5:35] == (200, 0, 0)).all()  # below its title
-    label = {"normals": torch.zeros(3, 4, 4), "depth": torch.zeros(1, 4, 4)}
-    sample = {task.name: label.get(task.name, torch.zeros(4, 4)) for task in tasks}
-    written.clear()
-    draw_samples(tmp_path / "samples.png", predict_nothing(tasks), tasks,
-                 [{"image": GREY, **sample}], (32, 32), torch.device("cpu"))
-    assert written[:3] == ["image", f"{tasks[0].name}: true", f"{tasks[0].name}: found"]
-    assert set(words) - {"sal", "normals"} <= set(written)
-
-
-def test_a_legend_has_the_colours_of_the_picture():
-    """Of NYU's 40 classes and of depths; a network's own classes have numbers."""
-    semseg, depth = make_tasks(["semseg", "depth"], CLASSES["nyud"])
-    assert [name for name, _ in legend(semseg)] == list(CLASSES["nyud"]) and semseg.outputs == 40
-    name, colour = legend(semseg)[3]
-    assert name == "bed" and torch.equal(colour, semseg.colours(torch.full((1, 1), 3))[:, 0, 0])
-    name, colour = legend(depth)[1]
-    assert name == "2 m" and torch.equal(colour, depth.colours(torch.full((1, 1, 1), 2.0))[:, 0, 0])
-    assert [name for name, _ in legend(make_tasks(["semseg"], 3)[0])] == ["0", "1", "2"]
-    assert legend(make_tasks(["normals"], 3)[0]) == []
-
-
-def test_macs_by_hand():
-    """A product a weight, a bias counts as one more; adapters padded to the largest rank."""
-    def both(net):
-        return tuple(count_macs(nn.Sequential(net), (8, 8)).values())
-    assert both(nn.Conv2d(3, 4, 3, padding=1)) == (8 * 8 * 4 * (27 + 1),) * 2
-    assert both(nn.Conv2d(3, 4, 3, padding=1, bias=False)) == (8 * 8 * 4 * 27,) * 2
-    assert both(nn.Linear(8, 5)) == (24 * 5 * (8 + 1),) * 2
-    adapted = TGLoRALinear(nn.Linear(8, 5), (3,))
-    assert both(adapted) == (24 * 5 * 9, 24 * 5 * 9 + 24 * 3 * (8 + 5))
-    folded = TGLoRALinear(nn.Linear(8, 5, bias=False), (3, 1))
-    assert folded.macs(rows=10) == (2 * 10 * 5 * 8, 2 * 10 * 3 * (8 + 5))
-    folded.merge()
-    assert folded.macs(rows=10) == (2 * 10 * 5 * 8, 0)
-    windows = torch.zeros(2, 3, 49, 16)
-    assert WindowAttention(16, 2, 7).product_macs(windows) == 2 * (2 * 3) * 49 * 49 * 16
+def test_photos_are_drawn_into_the_folder_of_the_run(trained, tmp_path, capsys):
+    """Nothing is overwritten, and a photo that cannot be read does not stop the others."""
+    out, _ = trained
+    Image.new("RGB", (40, 30), (200, 0, 0)).save(tmp_path / "good.png")
+    (tmp_path / "text.png").write_text("not an image")
+    flags = ["--checkpoint", str(out), "--device", "cpu", "--image"]
+    eval.main([*flags, str(tmp_path / "good.png")])
+    assert capsys.readouterr().out == f"wrote {out / 'good.predicted.png'}\n"
+    picture = np.array(Image.open(out / "good.predicted.png"))
+    assert (picture[20:40, 5:35] == (200, 0, 0)).all()          # the photo, below its title
+    before = (out / "good.predicted.png").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        eval.main([*flags, str(tmp_path / "text.png"), str(tmp_path / "good.png")])
+    assert "text.png" in stop.value.code
+    assert f"wrote {out / 'good.predicted-2.png'}" in stop.value.code
+    assert (out / "good.predicted.png").read_bytes() == before
+    with pytest.raises(SystemExit) as stop:
+        eval.main(["--checkpoint", str(out), "--json", "--image", "photo.jpg"])
+    assert stop.value.code == 2

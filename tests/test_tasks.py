@@ -10,238 +10,276 @@ import torch.nn.functional as F
 
 from tasks import TASKS, Depth, Edge, Normals, Saliency, Segmentation, delta_m, make_tasks
 
-
-def random_labels(seed, B=3, H=5, W=6, classes=4):
-    """Predictions and labels with some pixels invalid; the second image has no valid one."""
-    g = torch.Generator().manual_seed(seed)
-    off = torch.rand(B, H, W, generator=g) < 0.3
-    off[1] = True
-    semseg = torch.randint(classes, (B, H, W), generator=g).masked_fill(off, 255)
-    depth = (torch.rand(B, 1, H, W, generator=g) + 0.5).masked_fill(off[:, None], 0)
-    normals = torch.nn.functional.normalize(torch.randn(B, 3, H, W, generator=g), dim=1)
-    labels = {"semseg": semseg, "depth": depth,
-              "normals": normals.masked_fill(off[:, None], 0)}
-    preds = {"semseg": torch.randn(B, classes, H, W, generator=g),
-             "depth": torch.rand(B, 1, H, W, generator=g) * 2,
-             "normals": torch.randn(B, 3, H, W, generator=g)}
-    return preds, labels, ~off
+BASELINES = Path(__file__).parent.parent / "baselines"
 
 
-def test_metrics_equal_their_definitions():
-    """Pixel by pixel, in plain Python."""
-    preds, labels, valid = random_labels(0)
-    true, guess = [], []
-    square, relative, angles = [], [], []
-    for b, y, x in valid.nonzero().tolist():
-        true.append(int(labels["semseg"][b, y, x]))
-        guess.append(int(preds["semseg"][b, :, y, x].argmax()))
-        d, p = float(labels["depth"][b, 0, y, x]), float(preds["depth"][b, 0, y, x])
-        square.append((p - d) ** 2)
-        relative.append(abs(p - d) / d)
-        n, m = labels["normals"][b, :, y, x].tolist(), preds["normals"][b, :, y, x].tolist()
-        length = math.sqrt(sum(v * v for v in m))
-        angles.append(math.degrees(math.acos(sum(a * b for a, b in zip(n, m)) / length)))
+def random_example(name, B=3, H=5, W=6):
+    """A task, a prediction, a label, and its valid pixels (B, H, W), of which image 1 has none."""
+    task = make_tasks([name], classes=4)[0]
+    g = torch.Generator().manual_seed(0)
+    valid = torch.rand(B, H, W, generator=g) > 0.3
+    valid[1] = False
+    pred = torch.randn(B, task.outputs, H, W, generator=g)
+    if task.kind == "classes":
+        label = torch.randint(task.classes, (B, H, W), generator=g)
+        return task, pred, label.where(valid, 255), valid
+    label = torch.rand(B, task.channels, H, W, generator=g) + 0.5
+    if name == "normals":
+        label = F.normalize(label - 1, dim=1)
+    return task, pred, label * valid[:, None], valid
+
+
+def check_metrics(task, pred, label, expected):
+    """The metrics are as expected, also when they come from the sums of single images."""
+    parts = [task.sums(pred[i:i + 1], label[i:i + 1]) for i in reversed(range(len(pred)))]
+    for sums in (task.sums(pred, label), sum(parts)):
+        metrics = task.metrics(sums)
+        assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+# --- definitions ----------------------------------------------------------------------------------
+def test_segmentation_equals_its_definition():
+    """Mean IoU, accuracy and cross-entropy of the valid pixels."""
+    task, pred, label, valid = random_example("semseg")
+    true = label[valid]
+    logits = pred.movedim(1, -1)[valid]                     # (N, classes)
+    guess = logits.argmax(1)
     ious = []
     for c in range(4):
-        hit = sum(t == g == c for t, g in zip(true, guess))
-        ious.append(hit / sum(t == c or g == c for t, g in zip(true, guess)))
-    n = len(true)
-    expected = {
-        "semseg": {"mIoU": sum(ious) / 4, "accuracy": sum(t == g for t, g in zip(true, guess)) / n},
-        "depth": {"rmse": math.sqrt(sum(square) / n), "abs_rel": sum(relative) / n},
-        "normals": {"mean": sum(angles) / n, "rmse": math.sqrt(sum(a * a for a in angles) / n),
-                    "<11.25": sum(a < 11.25 for a in angles) / n,
-                    "<22.5": sum(a < 22.5 for a in angles) / n,
-                    "<30": sum(a < 30 for a in angles) / n}}
-    for task in make_tasks(["semseg", "depth", "normals"], classes=4):
-        whole = task.sums(preds[task.name], labels[task.name])
-        pieces = sum(task.sums(preds[task.name][i:i + 1], labels[task.name][i:i + 1])
-                     for i in (2, 0, 1))
-        assert task.metrics(whole) == pytest.approx(expected[task.name], rel=1e-4)
-        assert task.metrics(pieces) == pytest.approx(task.metrics(whole), rel=1e-12)
-
-
-def saliency_directly(preds, labels):
-    """Image by image and threshold by threshold, with sets of pixels."""
-    ious, fs = [], []
-    for k in range(15):
-        scores = []
-        for pred, label in zip(preds, labels):
-            pixels = [(y, x) for y in range(5) for x in range(6) if label[y, x] != 255]
-            if not pixels:
-                continue
-            found = {p for p in pixels if 1 / (1 + math.exp(-pred[0][p])) >= 0.2 + 0.05 * k}
-            truth = {p for p in pixels if label[p] == 1}
-            both = len(found & truth)
-            scores.append((both / len(found | truth) if found | truth else 1,
-                           both / len(found) if found else float(not truth),
-                           both / len(truth) if truth else 1))
-        iou, precision, recall = (sum(s[i] for s in scores) / len(scores) for i in range(3))
-        ious.append(iou)
-        fs.append(1.3 * precision * recall / (0.3 * precision + recall))
-    return {"mIoU": max(ious), "maxF": max(fs)}
-
-
-def test_saliency_equals_its_definition():
-    """Best threshold of the mean IoU of images; one has no truth, one no valid pixel."""
-    g = torch.Generator().manual_seed(3)
-    label = (torch.rand(5, 5, 6, generator=g) < 0.4).long()
-    label[torch.rand(5, 5, 6, generator=g) < 0.2] = 255
-    label[1] = 255
-    label[2][label[2] == 1] = 0
-    pred = torch.randn(5, 1, 5, 6, generator=g) + 2 * (label[:, None] == 1)
-    pred[2] = -9
-    task = Saliency()
-    expected = saliency_directly(pred.numpy(), label.numpy())
-    assert task.metrics(task.sums(pred, label)) == pytest.approx(expected, rel=1e-5)
-    pieces = sum(task.sums(pred[i:i + 1], label[i:i + 1]) for i in (3, 1, 4, 0, 2))
-    assert task.metrics(pieces) == pytest.approx(expected, rel=1e-5)
-    total = 0
-    n, positive = int((label != 255).sum()), int((label == 1).sum())
-    for p, y in zip(pred[label[:, None] != 255].tolist(), label[label != 255].tolist()):
-        q = 1 / (1 + math.exp(-p))
-        total -= (n - positive) / n * math.log(q) if y else positive / n * math.log(1 - q)
-    assert task.loss(pred, label).item() == pytest.approx(total / n, rel=1e-4)
-
-
-def test_edges_equal_their_definition():
-    """Pixel by pixel: a hit has a pixel of the other map within reach; one threshold for all."""
-    g = torch.Generator().manual_seed(5)
-    label = (torch.rand(2, 9, 140, generator=g) < 0.02).long()  # a diagonal of 140: reach is 1
-    label[torch.rand(2, 9, 140, generator=g) < 0.1] = 255
-    pred = torch.randn(2, 1, 9, 140, generator=g) + 2 * (label[:, None] == 1)
-    task, scores = Edge(), []
-    for k in range(1, 20):
-        found, true = ({tuple(p) for p in mask.nonzero().tolist()} for mask in (
-            (pred[:, 0].sigmoid() >= k / 20) & (label != 255), label == 1))
-        near = [{(b, y + dy, x + dx) for b, y, x in pixels
-                 for dy in (-1, 0, 1) for dx in (-1, 0, 1)} for pixels in (found, true)]
-        precision = len(found & near[1]) / max(1, len(found))
-        recall = len(true & near[0]) / len(true)
-        scores.append((2 * precision * recall / max(precision + recall, 1e-9), precision, recall))
-    expected = dict(zip(("F", "precision", "recall"), max(scores)))
-    assert task.metrics(task.sums(pred, label)) == pytest.approx(expected, rel=1e-5)
-    pieces = sum(task.sums(pred[i:i + 1], label[i:i + 1]) for i in (1, 0))
-    assert task.metrics(pieces) == pytest.approx(expected, rel=1e-5)
-    chance = pred[:, 0].sigmoid()[label != 255].tolist()
-    error = [-0.95 * math.log(q) if y else -0.05 * math.log(1 - q)
-             for q, y in zip(chance, label[label != 255].tolist())]
-    assert task.loss(pred, label).item() == pytest.approx(sum(error) / len(error), rel=1e-4)
-    thick = F.max_pool2d((label[:1, None] == 1).float(), 5, 1, 2)[:, 0]  # two pixels off is wrong
-    found = task.metrics(task.sums(20 * thick[:, None] - 10, label[:1]))
-    assert found["recall"] == 1 and found["precision"] < 0.7
-    assert task.weight == 50
-
-
-def test_empty_masks_have_defined_scores():
-    """Nothing to find and nothing found is 1; something found then, or something missed, is 0."""
-    task, empty = Saliency(), torch.zeros(1, 4, 4, dtype=torch.long)
-    low, high = torch.full((1, 1, 4, 4), -9.0), torch.full((1, 1, 4, 4), 9.0)
-    assert task.metrics(task.sums(low, empty)) == {"mIoU": 1, "maxF": pytest.approx(1)}
-    assert task.metrics(task.sums(high, empty))["mIoU"] == 0
-    assert task.metrics(task.sums(low, empty + 1)) == {"mIoU": 0, "maxF": 0}
-    assert task.metrics(task.sums(high, empty + 1)) == {"mIoU": 1, "maxF": pytest.approx(1)}
-
-
-@pytest.mark.parametrize("name", TASKS)
-def test_nothing_valid_and_predictions_of_nan_give_nan(name):
-    """Never a number that looks like a result; a NaN under an invalid pixel does not matter."""
-    task = make_tasks([name], 4)[0]
-    classes = task.kind == "classes"
-    label = (torch.ones(2, 4, 4, dtype=torch.long) if classes else
-             torch.ones(2, task.channels, 4, 4))  # as the task's kind says
-    invalid = 255 if classes else 0
-    label[1] = invalid
-    pred = torch.randn(2, task.outputs, 4, 4)
-    sums = task.sums(pred, label)
-    nothing = task.metrics(task.sums(pred, torch.full_like(label, invalid)))
-    pred[1, 0, 0, 0] = math.nan
-    assert task.metrics(task.sums(pred, label)) == task.metrics(sums)
-    pred[0, 0, 0, 0] = math.nan
-    for found in (nothing, task.metrics(task.sums(pred, label))):
-        assert all(math.isnan(value) for value in found.values())
-
-
-def test_losses_look_at_valid_pixels_only():
-    """Equal to the mean over valid pixels; 0, and no gradient, when there are none."""
-    preds, labels, valid = random_labels(1)
-    semseg, depth, normals = make_tasks(["semseg", "depth", "normals"], classes=4)
-    log_p = preds["semseg"].log_softmax(1).movedim(1, -1)[valid]
-    unit = torch.nn.functional.normalize(preds["normals"], dim=1)
-    expected = {
-        "semseg": -log_p.gather(1, labels["semseg"][valid][:, None]).mean(),
-        "depth": (preds["depth"] - labels["depth"]).abs()[:, 0][valid].mean(),
-        "normals": (unit - labels["normals"]).abs().movedim(1, -1)[valid].mean()}
-    for task in (semseg, depth, normals):
-        pred, label = preds[task.name].clone().requires_grad_(), labels[task.name]
-        loss = task.loss(pred, label)
-        torch.testing.assert_close(loss, expected[task.name])
-        loss.backward()
-        assert pred.grad[1].abs().max() == 0  # the image without labels
-        nothing = task.loss(pred[1:2], label[1:2])
-        assert nothing == 0 and nothing.requires_grad
+        both = (true == c) & (guess == c)
+        either = (true == c) | (guess == c)
+        ious.append(both.sum().item() / either.sum().item())
+    accuracy = (true == guess).float().mean().item()
+    check_metrics(task, pred, label, {"mIoU": mean(ious), "accuracy": accuracy})
+    error = -logits.log_softmax(1)[range(len(true)), true]
+    torch.testing.assert_close(task.loss(pred, label), error.mean())
 
 
 def test_a_class_that_never_occurs_does_not_count():
-    """mIoU is over classes in truth or prediction; one predicted wrongly everywhere counts as 0."""
+    """The mean IoU is over the classes in a label or a prediction; a wrong one is 0."""
     task = Segmentation("semseg", 5, 1.0)
     label = torch.tensor([[[0, 0, 1, 255]]])
-    pred = torch.nn.functional.one_hot(torch.tensor([[[0, 0, 2, 3]]]), 5).movedim(-1, 1).float()
-    assert task.metrics(task.sums(pred, label))["mIoU"] == pytest.approx(1 / 3)
+    pred = F.one_hot(torch.tensor([[[0, 0, 2, 3]]]), 5).movedim(-1, 1).float()
+    sums = task.sums(pred, label)
+    assert sums[1, 2] == 1 and sums[2, 1] == 0              # rows are true classes
+    assert task.metrics(sums)["mIoU"] == pytest.approx(1 / 3)
+
+
+def test_depth_equals_its_definition():
+    """The root of the mean squared error, the mean relative error, and L1 as the loss."""
+    task, pred, label, valid = random_example("depth")
+    error = (pred - label)[:, 0][valid]
+    relative = error.abs() / label[:, 0][valid]
+    check_metrics(task, pred, label, {"rmse": error.square().mean().sqrt().item(),
+                                      "abs_rel": relative.mean().item()})
+    torch.testing.assert_close(task.loss(pred, label), error.abs().mean())
+
+
+def test_normals_equal_their_definition():
+    """The mean and root mean square of the angle, and L1 between unit vectors as the loss."""
+    task, pred, label, valid = random_example("normals")
+    true = label.movedim(1, -1)[valid]
+    guess = pred.movedim(1, -1)[valid]
+    unit = guess / guess.square().sum(1, keepdim=True).sqrt()
+    angles = [math.degrees(math.acos(cosine)) for cosine in (true * unit).sum(1).tolist()]
+    rmse = math.sqrt(mean([angle * angle for angle in angles]))
+    check_metrics(task, pred, label, {"mean": mean(angles), "rmse": rmse})
+    torch.testing.assert_close(task.loss(pred, label), (true - unit).abs().mean())
+
+
+def test_normals_have_three_limits():
+    """Angles just below and above 11.25, 22.5 and 30 degrees are told apart."""
+    angle = torch.tensor([11.2, 11.3, 22.4, 22.6, 29.9, 30.1]).deg2rad()
+    pred = torch.stack([angle.sin(), 0 * angle, angle.cos()]).view(1, 3, 1, 6)
+    label = torch.tensor([0.0, 0.0, 1.0]).view(1, 3, 1, 1).expand(1, 3, 1, 6)
+    check_metrics(Normals(), pred, label, {"<11.25": 1 / 6, "<22.5": 3 / 6, "<30": 5 / 6})
+
+
+def test_values_that_count_as_valid():
+    """A depth above 0, and a normal longer than 0.5."""
+    depth = torch.tensor([-1.0, 0.0, 0.001]).view(1, 1, 1, 3)
+    assert Depth().valid(depth).flatten().tolist() == [False, False, True]
+    normals = torch.tensor([0.0, 0.45, 0.55]) * torch.tensor([[0.6], [0.0], [-0.8]])
+    assert Normals().valid(normals.view(1, 3, 1, 3)).flatten().tolist() == [False, False, True]
+
+
+def test_saliency_equals_its_definition():
+    """The best threshold of the images' mean IoU; in image 2, nothing is salient or predicted."""
+    task, pred, label, valid = random_example("sal", B=5)
+    label[2] = label[2].where(label[2] != 1, 0)
+    pred = pred + 2 * (label[:, None] == 1)
+    pred[2] = -9
+    scores = []
+    for k in range(15):
+        ious = []
+        for i in (0, 2, 3, 4):                              # image 1 has no valid pixel
+            true = (label[i] == 1)[valid[i]]
+            guess = (pred[i, 0].sigmoid() >= 0.20 + 0.05 * k)[valid[i]]
+            either = (true | guess).sum().item()
+            ious.append((true & guess).sum().item() / either if either else 1)
+        scores.append(mean(ious))
+    check_metrics(task, pred, label, {"mIoU": max(scores)})
+
+
+def test_edges_equal_their_definition():
+    """Precision and recall pixel by pixel, with a reach of one pixel and one threshold for all."""
+    g = torch.Generator().manual_seed(5)
+    label = (torch.rand(2, 9, 140, generator=g) < 0.02).long()   # a diagonal of 140: reach is 1
+    label[torch.rand(2, 9, 140, generator=g) < 0.1] = 255
+    pred = torch.randn(2, 1, 9, 140, generator=g) + 2 * (label[:, None] == 1)
+
+    def pixels(mask):
+        return {tuple(pixel) for pixel in mask.nonzero().tolist()}
+
+    def near(pixels):
+        return {(b, y + dy, x + dx) for b, y, x in pixels for dy in (-1, 0, 1) for dx in (-1, 0, 1)}
+
+    true = pixels(label == 1)
+    scores = []
+    for k in range(1, 20):
+        guess = pixels((pred[:, 0].sigmoid() >= k / 20) & (label != 255))
+        precision = len(guess & near(true)) / max(1, len(guess))
+        recall = len(true & near(guess)) / len(true)
+        f = 2 * precision * recall / max(precision + recall, 1e-9)
+        scores.append((f, precision, recall))
+    check_metrics(Edge(), pred, label, dict(zip(("F", "precision", "recall"), max(scores))))
+
+
+@pytest.mark.parametrize("width, offset, correct", [(140, 1, True), (140, 2, False),
+                                                    (340, 3, True), (460, 4, False)])
+def test_the_reach_of_an_edge_grows_with_the_image(width, offset, correct):
+    """0.0075 of the diagonal: 1 pixel of 140, 3 pixels of 340 and of 460."""
+    label = torch.zeros(1, 9, width).long()
+    pred = torch.full((1, 1, 9, width), -9.0)
+    label[:, :, 50] = 1
+    pred[..., 50 + offset] = 9
+    check_metrics(Edge(), pred, label, {"F": float(correct)})
+
+
+@pytest.mark.parametrize("name, high, low, perfect", [
+    ("sal", 0.22, 0.18, True), ("sal", 0.92, 0.88, True),
+    ("sal", 0.19, 0.11, False), ("sal", 0.99, 0.91, False),
+    ("edge", 0.07, 0.03, True), ("edge", 0.97, 0.93, True)])
+def test_first_and_last_thresholds(name, high, low, perfect):
+    """0.20 to 0.90 for saliency and 0.05 to 0.95 for edges: does one separate these pixels?"""
+    task = TASKS[name]
+    chance = torch.full((1, 1, 3, 40), 0.001)
+    chance[..., 1, 10], chance[..., 1, 30] = high, low
+    label = torch.zeros(1, 3, 40).long()
+    label[:, 1, 10] = 1
+    score = task.metrics(task.sums(chance.logit(), label))[task.metric]
+    assert (score == pytest.approx(1)) == perfect
+
+
+@pytest.mark.parametrize("name", ["sal", "edge"])
+def test_binary_losses_equal_their_definition(name):
+    """Saliency weighs each class by the other's share; edges have 0.95 and 0.05."""
+    task, pred, label, valid = random_example(name)
+    chance, true = pred[:, 0][valid].sigmoid(), label[valid]
+    positive = 0.95 if name == "edge" else (true == 0).float().mean()
+    error = torch.where(true == 1, -positive * chance.log(), (positive - 1) * (1 - chance).log())
+    torch.testing.assert_close(task.loss(pred, label), error.mean())
+
+
+# --- every task -----------------------------------------------------------------------------------
+def test_constants_of_the_tasks():
+    """Loss weights are MTLoRA's, and MTI-Net's for edges."""
+    expected = {"semseg": (1, 40, True), "human_parts": (2, 7, True), "sal": (5, 1, True),
+                "edge": (50, 1, True), "depth": (1, 1, False), "normals": (10, 3, False)}
+    tasks = make_tasks(list(expected), 40)
+    assert {task.name: (task.weight, task.outputs, task.higher_is_better)
+            for task in tasks} == expected
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_nothing_valid_and_nan_predictions_give_nan(name):
+    """Never a number that looks like a result; a NaN at an invalid pixel does not matter."""
+    task, pred, label, _ = random_example(name)
+    label[0, ..., 0, 0] = 1 if task.kind == "classes" else 0.6
+    metrics = task.metrics(task.sums(pred, label))
+    assert math.isfinite(metrics[task.metric])
+    pred[1, 0, 0, 0] = math.nan                             # image 1 has no valid pixel
+    assert task.metrics(task.sums(pred, label)) == metrics
+    nothing = task.metrics(task.sums(pred[1:2], label[1:2]))
+    pred[0, 0, 0, 0] = math.nan
+    for broken in (nothing, task.metrics(task.sums(pred, label))):
+        assert all(math.isnan(value) for value in broken.values())
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_losses_use_valid_pixels_only(name):
+    """Invalid pixels get no gradient; without a valid one the loss is 0 and still has a graph."""
+    task, pred, label, valid = random_example(name)
+    pred.requires_grad_()
+    task.loss(pred, label).backward()
+    assert torch.equal(pred.grad.abs().amax(1) > 0, valid)
+    nothing = task.loss(pred[1:2], label[1:2])
+    assert nothing == 0 and nothing.requires_grad
+    assert task.loss(pred.half(), label).dtype == torch.float32    # as under autocast
 
 
 def test_best_constants():
-    """Majority class, mean depth, and a direction that no other candidate beats."""
+    """The majority class, the mean depth, everything salient, and the middle of the normals."""
     assert Segmentation("semseg", 3, 1.0).best_constant(torch.tensor([2, 1, 2, 0])).argmax() == 2
-    assert Depth().best_constant(torch.tensor([1.0, 3.0])) == 2
-    walls = torch.tensor([[0.0, 0, 1]] * 6 + [[0.0, -1, 0]] * 3)
-    found = Normals().best_constant(walls)
-    angle = (walls @ found).clamp(-1, 1).acos().mean()
-    assert angle <= (walls @ torch.tensor([0.0, 0, 1])).acos().mean() + 0.05
+    assert Depth().best_constant(torch.tensor([1.0, 1.0, 4.0])).tolist() == [2]
+    assert Saliency().best_constant(torch.tensor([0, 1])).sigmoid() > 0.99
+    wall, ground = torch.tensor([0.0, 0.0, 1.0]), torch.tensor([0.0, -1.0, 0.0])
+    values = torch.stack([wall] * 6 + [ground] * 3)
+    angle = (values @ Normals().best_constant(values)).acos().mean()
+    assert angle <= math.pi / 2 / 3 + 0.05                  # the wall's own, or one next to it
+    assert torch.allclose(Normals().best_constant(ground[None]), ground)
 
 
-def test_delta_m_is_equation_7():
-    """The mean of relative gains, better up or down, over the tasks that there are."""
-    results = {"semseg": {"mIoU": 70.53}, "normals": {"mean": 16.43}}
-    single = {"semseg": {"mIoU": 67.21}, "normals": {"mean": 17.97}}
-    expected = 50 * ((70.53 - 67.21) / 67.21 - (16.43 - 17.97) / 17.97)
-    assert delta_m(results, single) == pytest.approx(expected)
-    assert delta_m({"semseg": {"mIoU": 70.53}}, single) == pytest.approx(332 / 67.21)
-    with pytest.raises(ValueError, match="no mean of normals"):
-        delta_m(results, {"semseg": {"mIoU": 1.0}})
-    for bad in (0, "x", None):
-        with pytest.raises(ValueError, match="no mIoU of semseg, or not a number"):
-            delta_m(results, {**single, "semseg": {"mIoU": bad}})
+def test_colours():
+    """Invalid pixels are black, and classes differ from each other."""
+    semseg = Segmentation("semseg", 40, 1.0)
+    rgb = semseg.colours(torch.tensor([[*range(40), 255]]))[:, 0]
+    assert torch.pdist(rgb.T).min() > 0.02 and rgb[:, 40].sum() == 0
+    pred = F.one_hot(torch.tensor([[3]]), 40).movedim(-1, 0)
+    assert torch.equal(semseg.colours(pred)[:, 0, 0], rgb[:, 3])
+    normal = torch.tensor([[0.0, 0.0], [0.0, 0.0], [2.0, 0.0]])[:, None]
+    assert Normals().colours(normal)[:, 0].T.tolist() == [[0.5, 0.5, 1], [0, 0, 0]]
+    near, far, invalid = Depth().colours(torch.tensor([[[0.5, 10.0, 0.0]]]))[:, 0].T
+    assert near[0] > 0.9 > 0.5 > near[2] and far[2] > far[0] and invalid.sum() == 0
+    assert Saliency().colours(torch.tensor([[1, 0, 255]]))[0, 0].tolist() == [1, 0, 0]
 
 
-def test_the_papers_own_table_gives_its_delta_m():
-    """Table 1 against the baseline that is shipped: +4.50 for TGLoRA, all four tasks."""
-    baseline = json.loads((Path(__file__).parent.parent / "baselines/pascal.json").read_text())
-    ours = {"semseg": {"mIoU": 0.7053}, "human_parts": {"mIoU": 0.6096}, "sal": {"mIoU": 0.6612},
-            "normals": {"mean": 16.43}}
-    assert delta_m(ours, baseline["results"]) == pytest.approx(4.50, abs=0.01)
-    baseline = json.loads((Path(__file__).parent.parent / "baselines/nyud.json").read_text())
-    ours = {"semseg": {"mIoU": 0.4184}, "normals": {"mean": 24.38}, "depth": {"rmse": 0.6177}}
-    assert delta_m(ours, baseline["results"]) == pytest.approx(0.24, abs=0.03)
+# --- tables ---------------------------------------------------------------------------------------
+def test_the_papers_tables_give_their_delta_m():
+    """Table 1: +4.50 on PASCAL, and +0.24 on NYUD, against the baselines in this repository."""
+    pascal = json.loads((BASELINES / "pascal.json").read_text())["results"]
+    results = {"semseg": {"mIoU": 0.7053}, "human_parts": {"mIoU": 0.6096},
+               "sal": {"mIoU": 0.6612}, "normals": {"mean": 16.43}}
+    assert delta_m(results, pascal) == pytest.approx(4.50, abs=0.01)
+    nyud = json.loads((BASELINES / "nyud.json").read_text())["results"]
+    results = {"semseg": {"mIoU": 0.4184}, "normals": {"mean": 24.38}, "depth": {"rmse": 0.6177}}
+    assert delta_m(results, nyud) == pytest.approx(0.24, abs=0.03)
+    for bad in ({}, {"mIoU": 0}, {"mIoU": None}):
+        with pytest.raises(ValueError, match="no mIoU of semseg, or it is not a number above 0"):
+            delta_m(results, {**nyud, "semseg": bad})
 
 
-def test_unknown_and_repeated_tasks_are_refused():
-    """And semseg, where nothing says of how many classes."""
-    with pytest.raises(ValueError, match="unknown task 'semsg'; expected some of .* or your own"):
-        make_tasks(["semsg"], 6)
-    with pytest.raises(ValueError, match="at most once"):
-        make_tasks(["depth", "depth"], 6)
-    with pytest.raises(ValueError, match="how many classes"):
-        make_tasks(["depth", "semseg"], None)
-    assert make_tasks(["human_parts"], None)[0].outputs == 7
+@pytest.mark.parametrize("names, classes, message", [
+    (["semsg"], 6, "unknown task 'semsg'; expected some of semseg, .*your own"),
+    ([], 6, "at least one, and each only once"),
+    (["depth", "depth"], 6, "at least one, and each only once"),
+    (["depth", "semseg"], None, "semseg: the number of classes is unknown"),
+    (["semseg"], 459, "at most 255 classes, got 459")])
+def test_wrong_lists_of_tasks_are_refused(names, classes, message):
+    """Also semseg without its classes, and more classes than a label can hold."""
+    with pytest.raises(ValueError, match=message):
+        make_tasks(names, classes)
 
 
-def test_a_task_of_ones_own_is_one_more_in_the_table(monkeypatch):
-    """By its name in results and baselines, too; what is made of the table leaves it as it is."""
+def test_your_own_task_is_one_more_in_the_table(monkeypatch):
+    """make_tasks and delta_m know it by its name; changing a task does not change the table."""
     monkeypatch.setitem(TASKS, "ground", Segmentation("ground", 3, 1.0))
     for _ in range(2):
-        ground, semseg = make_tasks(["ground", "semseg"], 40)
-        assert (ground.outputs, ground.weight, semseg.outputs, semseg.classes) == (3, 1.0, 40, 40)
+        ground, semseg = make_tasks(["ground", "semseg"], ("floor", "wall"))
+        assert (ground.outputs, ground.weight, semseg.names) == (3, 1.0, ("floor", "wall"))
         ground.weight = 7.0
-    assert make_tasks(["semseg"], 21)[0].outputs == 21
     assert delta_m({"ground": {"mIoU": 0.6}}, {"ground": {"mIoU": 0.5}}) == pytest.approx(20)

@@ -1,0 +1,105 @@
+"""Your own dataset with your own task: photos of fields with a class map and a moisture map.
+
+    photos/images/1.png        the picture
+    photos/semseg/1.png        one class per pixel, 0 to 2; 255 means "ignore this pixel"
+    photos/moisture/1.npy      float, 0 to 1; 0 or NaN means "not measured"
+
+Every fifth image is for validation. Run it from the folder that holds train.py:
+
+    python -m examples.own_dataset --data-root photos
+    python -c "import examples.own_dataset, eval; eval.main()" --checkpoint runs/fields/best.pt
+
+It trains with the recipe for photographs (Swin-Tiny with ImageNet weights, 448x448, 300 epochs).
+For a dry run of a minute, without a download:
+
+    python -m examples.own_dataset --data-root photos --weights none --backbone mini --size 112 --epochs 2
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+import train
+from data import CLASSES, DATASETS
+from nyud_pascal import read_array, read_image
+from recipes import RECIPES
+from tasks import TASKS
+
+
+class Moisture:
+    """Share of water in the ground, 0 to 1; the metric is the mean absolute error."""
+
+    name = "moisture"
+    kind = "values"             # a number per pixel that a flip or zoom moves and does not change
+    channels = 1                # of the label
+    outputs = 1                 # of the prediction
+    weight = 10.0               # of the loss in the total (eq. 8)
+    metric, higher_is_better = "error", False
+
+    def valid(self, label: Tensor) -> Tensor:
+        """Which pixels (B, 1, H, W) were measured."""
+        return label > 0
+
+    def loss(self, pred: Tensor, label: Tensor) -> Tensor:
+        """Mean absolute error over the valid pixels of a batch."""
+        valid = self.valid(label)
+        error = (pred.float() - label).abs() * valid
+        return error.sum() / valid.sum().clamp(min=1)
+
+    def sums(self, pred: Tensor, label: Tensor) -> Tensor:
+        """Sums over some images, to be added up over the dataset: pixels, absolute error."""
+        error = (pred - label).abs()[self.valid(label)]
+        return torch.tensor([len(error), error.sum()])
+
+    def metrics(self, sums: Tensor) -> dict[str, float]:
+        pixels, error = sums.tolist()
+        return {"error": error / pixels if pixels else float("nan")}
+
+    def best_constant(self, values: Tensor) -> Tensor:
+        """The best constant prediction (outputs,) for these valid labels (N,)."""
+        return values.median()[None]
+
+    def colours(self, x: Tensor) -> Tensor:
+        """A label or a prediction (1, H, W) as a grey picture (3, H, W)."""
+        return x.clamp(0, 1).expand(3, -1, -1)
+
+
+class Photos(Dataset):
+    """Samples at the image's own size: image (3, H, W) uint8, and one label per task."""
+
+    def __init__(self, config, split: str):
+        """config: the flags of the run. split: "train" or "val"."""
+        self.root = Path(config.data_root)
+        names = sorted(path.stem for path in self.root.glob("images/*.png"))
+        validation = names[::5]
+        if split == "val":
+            self.names = validation
+        else:
+            self.names = [name for name in names if name not in validation]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        name = self.names[i]
+        image = read_image(self.root / f"images/{name}.png")
+        return {
+            "image": image.transpose(2, 0, 1),
+            "semseg": read_image(self.root / f"semseg/{name}.png", None),
+            "moisture": read_array(self.root / f"moisture/{name}.npy"),
+        }
+
+
+# A further class map would need four things: TASKS["material"] = Segmentation("material", 3,
+# weight=1.0), its name in "tasks" below, its file, and its entry in __getitem__.
+TASKS["moisture"] = Moisture()
+DATASETS["fields"] = Photos
+CLASSES["fields"] = ("soil", "crop", "weed")            # of semseg
+RECIPES["fields"] = {**RECIPES["nyud"], "tasks": "semseg,moisture", "data_root": "photos"}
+
+if __name__ == "__main__":
+    import sys
+    train.main(["--dataset", "fields", *sys.argv[1:]])

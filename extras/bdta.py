@@ -1,0 +1,314 @@
+"""BDTA + MoTE (Yao et al., AAAI 2026): the tasks adapt in a bypass next to the frozen backbone.
+
+The backbone runs once, without a gradient, and gives the maps F_1 to F_4 of its stages before their
+patch merging. The bypass carries one map A_t per task from stage to stage. In every stage it works
+with 1/r of the channels and adapts in two directions, general to task (G2T) and back (T2G), where
+' marks a map that went through the adapter of its task:
+
+    A_g2t = H(A_t, F')              H(q, v): x = q + attention(LN q, LN v), x + FFN(LN x)
+    F_t2g = H(F, A_g2t')            adapter: v + W_up GELU(W_down v)
+    A_t   = W_out (A_g2t + F_t2g)   then the frozen patch merging, to the next stage     (eq. 3-8)
+
+MoTE treats the tasks' maps as experts and adds to every task a gated mixture of all of them:
+
+    R_t = A_t + gamma_t * sum_q g_t(q) A_q,   g_t = softmax(h_t + N(0, 1) softplus(e_t))  (eq. 9-11)
+
+    python train.py --dataset pascal --data-root data --method bdta
+
+Tasks are folded into the batch (task after task), as groups are in tglora.py. The backbone's blocks
+keep no activations, since no gradient flows into them. The frozen mergings pass on the bypass's
+gradient.
+Shapes: B batch, T tasks, H W tokens, C channels, c = C / r, h heads, P points.
+References: the paper, section 3; deformable attention: arXiv 2010.04159, section 4.1, used as in
+ViT-Adapter, arXiv 2205.08534; noisy gates: arXiv 1701.06538.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from decoders import make_head
+
+EPS = 1e-6      # of every LayerNorm, as in ViT-Adapter
+
+
+class DeformableAttention(nn.Module):
+    """In each head, a query looks at `points` places of the value map and learns where they are.
+
+    A place is an offset, in pixels of the value map, from the position of the query. Values between
+    pixels are interpolated bilinearly, and values outside the map are zero. Raises ValueError if
+    `heads` does not divide `dim`.
+    """
+
+    def __init__(self, dim: int, heads: int = 6, points: int = 4):
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"DeformableAttention: {dim} channels do not divide into {heads} "
+                             "heads; choose another number of heads")
+        self.heads = heads
+        self.points = points
+        self.sampling_offsets = nn.Linear(dim, heads * points * 2)
+        self.attention_weights = nn.Linear(dim, heads * points)
+        self.value_proj = nn.Linear(dim, dim)
+        self.output_proj = nn.Linear(dim, dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Head i first looks in direction i of a circle, its points 1, 2, ... P pixels away."""
+        for linear in self.children():
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        nn.init.xavier_uniform_(self.value_proj.weight)
+        nn.init.xavier_uniform_(self.output_proj.weight)
+        angle = torch.arange(self.heads) * (2 * math.pi / self.heads)
+        direction = torch.stack([angle.cos(), angle.sin()], 1)              # (h, 2): x, y
+        direction = direction / direction.abs().amax(1, keepdim=True)       # from circle to square
+        distance = torch.arange(1, self.points + 1)
+        offsets = direction[:, None] * distance[:, None]                    # (h, P, 2)
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(offsets.flatten())
+
+    def forward(self, query: Tensor, value: Tensor) -> Tensor:
+        """query (B, H, W, C), value (B, H', W', C) -> (B, H, W, C)."""
+        B, H, W, C = query.shape
+        h, P = self.heads, self.points
+        # In float32 even under autocast: rounded to bfloat16, a place would be half a pixel off.
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        v = self.value_proj(value).unflatten(3, (h, -1))                    # (B, H', W', h, C/h)
+        v = v.permute(0, 3, 4, 1, 2).flatten(0, 1).to(dtype)                # (B*h, C/h, H', W')
+
+        offsets = self.sampling_offsets(query).to(dtype)
+        dx, dy = offsets.unflatten(3, (h, P, 2)).unbind(-1)                 # (B, H, W, h, P)
+        x = centres(W, query.device, dtype)[:, None, None]                  # (W, 1, 1)
+        y = centres(H, query.device, dtype)[:, None, None, None]            # (H, 1, 1, 1)
+        x = x + dx * (2 / value.shape[2])       # the map is 2 wide and 2 high for grid_sample
+        y = y + dy * (2 / value.shape[1])
+        grid = torch.stack([x, y], -1)                                      # (B, H, W, h, P, 2)
+        grid = grid.permute(0, 3, 1, 2, 4, 5).reshape(B * h, H * W, P, 2)
+
+        weights = self.attention_weights(query).unflatten(3, (h, P)).softmax(-1)
+        weights = weights.permute(0, 3, 1, 2, 4).reshape(B * h, 1, H * W, P)
+        samples = F.grid_sample(v, grid, align_corners=False)               # (B*h, C/h, H*W, P)
+        out = (samples * weights).sum(-1)                                   # (B*h, C/h, H*W)
+        out = out.reshape(B, C, H, W).permute(0, 2, 3, 1)
+        return self.output_proj(out)
+
+
+def centres(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Coordinates of n pixels' centres for grid_sample, whose map reaches from -1 to 1: (n,)."""
+    return (2 * torch.arange(n, device=device, dtype=dtype) + 1) / n - 1
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with a depth-wise 3x3 convolution and a GELU between them."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, c) -> (B, H, W, c)."""
+        x = self.fc1(x).permute(0, 3, 1, 2)
+        x = F.gelu(self.dwconv(x))
+        return self.fc2(x.permute(0, 2, 3, 1))
+
+
+def make_mlp(dim: int, hidden: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, outputs))
+
+
+class Direction(nn.Module):
+    """H of eq. 3: adapts the value with its task's adapter and injects it into the query."""
+
+    def __init__(self, dim: int, num_tasks: int):
+        super().__init__()
+        hidden = dim // 4
+        self.adapters = nn.ModuleList()
+        for _ in range(num_tasks):
+            self.adapters.append(make_mlp(dim, hidden, dim))
+        self.query_norm = nn.LayerNorm(dim, eps=EPS)
+        self.value_norm = nn.LayerNorm(dim, eps=EPS)
+        self.ffn_norm = nn.LayerNorm(dim, eps=EPS)
+        heads = 6 if dim % 6 == 0 else 4
+        self.attention = DeformableAttention(dim, heads)
+        self.ffn = FeedForward(dim, hidden)
+
+    def forward(self, query: Tensor, value: Tensor) -> Tensor:
+        """query, value (T*B, H, W, c) -> (T*B, H, W, c)."""
+        values = value.unflatten(0, (len(self.adapters), -1))           # (T, B, H, W, c)
+        adapted = []
+        for v, adapter in zip(values, self.adapters):
+            adapted.append(v + adapter(v))                              # eq. 4 and 6
+        value = torch.cat(adapted)
+        x = query + self.attention(self.query_norm(query), self.value_norm(value))
+        x = x + self.ffn(self.ffn_norm(x))                              # eq. 5 and 7
+        return x
+
+
+class BDTA(nn.Module):
+    """Bi-directional task adaptation in one stage (section 3.2).
+
+    directions: "g2t", "t2g" or both; with only one of them, its result is the stage's (table 5).
+    """
+
+    def __init__(self, dim: int, num_tasks: int, reduction: int = 4,
+                 directions: Sequence[str] = ("g2t", "t2g")):
+        super().__init__()
+        c = dim // reduction
+        self.num_tasks = num_tasks
+        self.main_proj = nn.Linear(dim, c)
+        self.bypass_proj = nn.Linear(dim, c)
+        self.directions = nn.ModuleDict()
+        for name in directions:
+            self.directions[name] = Direction(c, num_tasks)
+        self.output_proj = nn.Linear(c, dim)
+
+    def forward(self, bypass: Tensor, main: Tensor) -> Tensor:
+        """bypass (T*B, H, W, C), main (B, H, W, C) -> (T*B, H, W, C).
+
+        In the first stage all tasks start from the same map, and bypass is (B, H, W, C).
+        """
+        task = self.bypass_proj(bypass)
+        general = self.main_proj(main)
+        if task.shape[0] == general.shape[0]:
+            task = task.repeat(self.num_tasks, 1, 1, 1)
+        general = general.repeat(self.num_tasks, 1, 1, 1)               # (T*B, H, W, c)
+        adapted = []
+        if "g2t" in self.directions:
+            task = self.directions["g2t"](task, general)
+            adapted.append(task)
+        if "t2g" in self.directions:
+            adapted.append(self.directions["t2g"](general, task))
+        return self.output_proj(sum(adapted))                           # eq. 8
+
+
+class Router(nn.Module):
+    """The gates of every task over all tasks, computed from the main branch (eq. 10)."""
+
+    def __init__(self, dim: int, num_tasks: int):
+        super().__init__()
+        hidden = dim // 16
+        self.gate = nn.ModuleList()
+        for _ in range(num_tasks):
+            self.gate.append(make_mlp(dim, hidden, num_tasks))
+        self.noise = nn.ModuleList()
+        for _ in range(num_tasks):
+            self.noise.append(make_mlp(dim, hidden, num_tasks))
+
+    def forward(self, main: Tensor) -> Tensor:
+        """main (B, H, W, C) -> (B, T, T). Entry (t, q) is the share of expert q in task t."""
+        score = self.pooled(self.gate, main)                            # h_t
+        if self.training:
+            deviation = F.softplus(self.pooled(self.noise, main))       # softplus(e_t)
+            score = score + torch.randn_like(score) * deviation
+        return score.softmax(-1)
+
+    def pooled(self, mlps: nn.ModuleList, main: Tensor) -> Tensor:
+        """Mean over all tokens of each MLP's outputs, (B, T, T)."""
+        scores = [mlp(main).mean((1, 2)) for mlp in mlps]
+        return torch.stack(scores, 1)
+
+
+class TaskExperts(nn.Module):
+    """MoTE in one stage (section 3.3): project, mix, and multiply by the stage's part of W_t.
+
+    width: C_1, the channels of the first stage; bias: whether `fuse` has one (W_t has one bias, so
+    the part of it in only one stage does); mixture: False leaves a task its own expert (table 4).
+    """
+
+    def __init__(self, dim: int, width: int, num_tasks: int, bias: bool, mixture: bool):
+        super().__init__()
+        self.mixture = mixture
+        self.project = nn.ModuleList()
+        for _ in range(num_tasks):
+            self.project.append(nn.Linear(dim, width))
+        self.fuse = nn.ModuleList()
+        for _ in range(num_tasks):
+            self.fuse.append(nn.Linear(width, width, bias=bias))
+        if mixture:
+            self.router = Router(dim, num_tasks)
+            self.gamma = nn.Parameter(torch.zeros(num_tasks, 1, 1, 1, width))
+
+    def forward(self, bypass: Tensor, main: Tensor) -> Tensor:
+        """bypass (T*B, h, w, C), main (B, h, w, C) -> (T*B, h, w, C_1)."""
+        maps = bypass.unflatten(0, (len(self.project), -1))             # (T, B, h, w, C)
+        experts = [project(x) for project, x in zip(self.project, maps)]
+        x = torch.stack(experts)                                        # eq. 9, (T, B, h, w, C_1)
+        if self.mixture:
+            gates = self.router(main)                                   # (B, T, T)
+            mixed = torch.einsum("btq,qbhwc->tbhwc", gates, x)
+            x = x + self.gamma * mixed                                  # eq. 11
+        fused = [fuse(r) for fuse, r in zip(self.fuse, x)]
+        return torch.cat(fused)
+
+    def product_macs(self, bypass: Tensor) -> int:
+        """Multiply-accumulates of the sum in eq. 11, for bypass (T*B, h, w, C)."""
+        if not self.mixture:
+            return 0
+        num_tasks = len(self.project)
+        tokens = bypass.shape[0] * bypass.shape[1] * bypass.shape[2]    # of all tasks
+        return num_tasks * tokens * self.project[0].out_features
+
+
+class BDTANet(nn.Module):
+    """The frozen backbone, the bypass, the experts, and one head per task.
+
+    tasks: objects with `name` and `outputs`; reduction: r; directions and mixture: for ablations,
+    see `BDTA` and `TaskExperts`.
+    """
+
+    def __init__(self, backbone: nn.Module, tasks: Sequence, reduction: int = 4,
+                 directions: Sequence[str] = ("g2t", "t2g"), mixture: bool = True):
+        super().__init__()
+        self.backbone = backbone.requires_grad_(False)
+        first = backbone.patch_embed.proj.out_channels
+        dims = [first, *backbone.channels[:-1]]         # C of each stage, before its merging
+        num_tasks = len(tasks)
+        self.bypass = nn.ModuleList()
+        for dim in dims:
+            self.bypass.append(BDTA(dim, num_tasks, reduction, directions))
+        self.experts = nn.ModuleList()
+        for i, dim in enumerate(dims):
+            self.experts.append(TaskExperts(dim, first, num_tasks, bias=i == 0, mixture=mixture))
+        self.decoders = nn.ModuleDict()
+        for task in tasks:
+            self.decoders[task.name] = make_head(first, task.outputs)
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        """image (B, 3, H, W), normalised -> each task's prediction (B, outputs, H, W)."""
+        with torch.no_grad():
+            main = self.backbone.patch_embed(image)     # eq. 1, (B, H/4, W/4, C_1)
+        bypass = main                                   # eq. 2
+        size = main.shape[1:3]
+        fused = 0
+        for stage, adapt, experts in zip(self.backbone.layers, self.bypass, self.experts):
+            with torch.no_grad():
+                main = stage.blocks(main)               # F_i (B, h, w, C)
+            bypass = adapt(bypass, main)                # A_t of this stage (T*B, h, w, C)
+            # The paper upsamples first. Mixing and 1x1 products commute with it and cost less here.
+            x = experts(bypass, main).permute(0, 3, 1, 2)               # (T*B, C_1, h, w)
+            fused = fused + F.interpolate(x, size, mode="bilinear")     # (T*B, C_1, H/4, W/4)
+            with torch.no_grad():
+                main = end_stage(stage, main)
+            bypass = end_stage(stage, bypass)
+        maps = fused.unflatten(0, (len(self.decoders), -1))             # (T, B, C_1, H/4, W/4)
+        predictions = {}
+        for (name, head), x in zip(self.decoders.items(), maps):
+            predictions[name] = F.interpolate(head(x), image.shape[2:], mode="bilinear")
+        return predictions
+
+
+def end_stage(stage: nn.Module, x: Tensor) -> Tensor:
+    """Run the modules that follow a stage's blocks, such as Swin's patch merging.
+
+    (B, h, w, C) -> (B, h', w', C').
+    """
+    for name, child in stage.named_children():
+        if name != "blocks":
+            x = child(x)
+    return x

@@ -1,0 +1,177 @@
+"""MTLoRA and MTLoRA+ (Agiza et al., CVPR 2024): shared adapters, and task-specific ones per stage.
+
+In the blocks of a stage all tasks share plain LoRA of rank r, up to the attention of the last one.
+From that block's `proj` on, the batch carries 1 + T groups. Group 0 keeps the shared adapter and
+goes on to the next stage. Groups 1 to T use the tasks' own adapters, pass the same patch merging
+and go only to the decoders. In these layers the frozen product is that of the shared features x_0,
+computed once, and only a task's adapter reads the task's own features x_t:
+
+    y_0 = W x_0 + b + gamma B_0 A_0 x_0
+    y_t = W x_0 + b + gamma B_t A_t x_t             (MTLoRA, section 3.2, eq. 2 and figure 3)
+
+The backbone's "others" are trained too. MTLoRA+ freezes the linear layer of the patch merging and
+gives it a shared adapter instead; its task-specific adapters have rank r as well.
+
+    parents, group_of = routing(num_stages=4, num_tasks=4)
+    adapt(backbone, backbone.ADAPTED["attn+mlp"], num_tasks=4, rank=64)
+    model = MultiTaskNet(backbone, tasks, parents, group_of)
+
+    python train.py --dataset pascal --data-root data --method mtlora
+
+Shapes: B batch, G = 1 + T groups (group after group, as in tglora.py), T tasks, H W tokens,
+C channels, k inputs, d outputs, N rows per group.
+References: arXiv 2403.20320; https://github.com/scale-lab/MTLoRA (the inputs in eq. 2, dropout).
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tglora import TGLoRALinear, add_adapters, freeze
+
+# The linear layers of a stage's last block in which every task has its own adapter.
+TASK_SPECIFIC = ("attn.proj", "mlp.fc1", "mlp.fc2")
+
+
+class SharedProductLinear(TGLoRALinear):
+    """A linear layer with 1 + T adapters around one frozen product, that of group 0.
+
+    A rank of 0 leaves a group without an adapter.
+    """
+
+    least_rank = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (G*B, ..., k), the shared group first -> (G*B, ..., d)."""
+        G = len(self.ranks)
+        x = x.unflatten(0, (G, -1))
+        shared, tasks = x[0], x[1:]                 # (B, ..., k) and (T, B, ..., k)
+        # The published code drops only the shared adapter's input here.
+        return self.outputs(shared, self.drop(shared), tasks)
+
+    def outputs(self, shared: Tensor, dropped: Tensor, tasks: Tensor) -> Tensor:
+        """Eq. 2. shared, dropped (B, ..., k); tasks (T, B, ..., k) -> (G*B, ..., d).
+
+        dropped: the shared features after dropout, as input of the shared adapter.
+        """
+        T = len(self.ranks) - 1
+        d, k = self.weight.shape
+        product = F.linear(shared, self.weight, self.bias)      # W x_0 + b, (B, ..., d)
+        flat = product.view(1, -1, d)                           # (1, N, d)
+        dropped = dropped.reshape(1, -1, k)
+        tasks = tasks.reshape(T, -1, k)
+        y_0 = self.add_low_rank(flat, dropped, slice(0, 1))
+        y_t = self.add_low_rank(flat.expand(T, -1, -1), tasks, slice(1, None))
+        y = torch.cat([y_0, y_t])                               # (G, N, d)
+        return y.view(-1, *product.shape[1:])
+
+    def merge(self) -> None:
+        """Does nothing: folding B_t A_t into W would cost one frozen product per group."""
+
+    def macs(self, rows: int) -> tuple[int, int]:
+        """Multiply-accumulates for `rows` inputs per group: of W and b, and of the adapters."""
+        d, k = self.weight.shape
+        frozen = rows * d * k
+        if self.bias is not None:
+            frozen += rows * d
+        return frozen, rows * sum(self.ranks) * (k + d)
+
+
+class BranchingLinear(SharedProductLinear):
+    """The layer in which the groups begin: all of them read the same input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, ..., k) -> (G*B, ..., d)."""
+        T = len(self.ranks) - 1
+        dropped = self.drop(x)
+        return self.outputs(x, dropped, dropped.expand(T, *dropped.shape))
+
+
+class BranchingStage(nn.Module):
+    """A stage of the backbone in whose last block the 1 + T groups begin.
+
+    It takes over the modules of the stage under their names, so names of weights do not change.
+    """
+
+    def __init__(self, stage: nn.Module):
+        super().__init__()
+        for name, child in stage.named_children():      # `blocks` and the modules after them
+            self.add_module(name, child)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, H, W, C), the features of group 0 -> (G*B, h, w, c)."""
+        *blocks, last = self.blocks
+        for block in blocks:
+            x = block(x)
+        update = last.drop_path(last.attend(last.norm1(x)))     # (G*B, H, W, C): `proj` branches
+        update = update.unflatten(0, (-1, x.shape[0]))          # (G, B, H, W, C)
+        x = (x + update).flatten(0, 1)
+        x = x + last.drop_path(last.mlp(last.norm2(x)))
+        for name, child in self.named_children():
+            if name != "blocks":                                # Swin's patch merging
+                x = child(x)
+        return x
+
+
+def routing(num_stages: int, num_tasks: int) -> tuple[list[list[int]], list[list[int]]]:
+    """`parents` and `group_of` for model.MultiTaskNet.
+
+    Only group 0 of a stage goes on to the next one, and task t reads group 1 + t everywhere.
+    """
+    parents = [[0]] * num_stages
+    group_of = [[1 + task] * num_stages for task in range(num_tasks)]
+    return parents, group_of
+
+
+def adapt(backbone: nn.Module, names: Sequence[str], num_tasks: int, rank: int,
+          dropout: float = 0.05, task_rank: int = 4, plus: bool = False,
+          without: Sequence[str] = (), frozen: Sequence[str] = ()) -> None:
+    """Turn a backbone into MTLoRA's, in place.
+
+    names: the linear layers that get adapters (ADAPTED of the backbone); rank: of the shared
+    adapters; task_rank: of the task-specific ones; plus: also adapt the patch merging (MTLoRA+,
+    which uses task_rank = rank). For MTLoRA's ablations: `without` lists linear layers of `names`
+    that get no adapter (table 2), and `frozen` lists parts of names of backbone weights that are
+    not trained (table 3). Raises ValueError for a name that does not occur.
+    """
+    for name in without:
+        if name not in names:
+            raise ValueError(f"adapt: without {name!r}: expected some of {', '.join(names)}")
+    names = [name for name in names if name not in without]
+    for i, stage in enumerate(backbone.layers):
+        for block in stage.blocks[:-1]:
+            add_adapters(block, names, (rank,), dropout=dropout)
+        adapt_last_block(stage.blocks[-1], names, num_tasks, rank, dropout, task_rank)
+        if plus and hasattr(stage.downsample, "reduction"):     # Swin, before another stage
+            add_adapters(stage.downsample, ("reduction",), (rank,), dropout=dropout)
+        backbone.layers[i] = BranchingStage(stage)
+    freeze(backbone, backbone.OTHERS)
+    for module in backbone.modules():
+        if isinstance(module, TGLoRALinear):    # MTLoRA+: the merging is one of the "others"
+            module.weight.requires_grad_(False)
+    for part in frozen:
+        matching = [p for name, p in backbone.named_parameters() if part in name]
+        if not matching:
+            raise ValueError(f"adapt: frozen {part!r}: no weight of the backbone has that name")
+        for p in matching:
+            p.requires_grad_(False)
+
+
+def adapt_last_block(block: nn.Module, names: Sequence[str], num_tasks: int, rank: int,
+                     dropout: float, task_rank: int) -> None:
+    """Give the last block of a stage its shared and task-specific adapters, in place."""
+    shared_only = [name for name in names if name not in TASK_SPECIFIC]     # qkv; q and kv of PVT
+    add_adapters(block, shared_only, (rank,), dropout=dropout)
+    for name in TASK_SPECIFIC:
+        ranks = (rank, *[task_rank] * num_tasks)
+        if name not in names:
+            ranks = (0,) * (1 + num_tasks)
+        linear = block.get_submodule(name)
+        if name == "attn.proj":
+            layer = BranchingLinear(linear, ranks, dropout=dropout)
+        else:
+            layer = SharedProductLinear(linear, ranks, dropout=dropout)
+        parent, _, leaf = name.rpartition(".")
+        setattr(block.get_submodule(parent), leaf, layer)

@@ -1,0 +1,551 @@
+"""The files of NYUD-v2 and PASCAL-Context: where they are, and how to read them as arrays.
+
+Each dataset has been published in two versions of its archive. Both use the same folder names, but
+for files of different formats, so LAYOUTS lists the alternatives and whichever file exists is read.
+A reader turns one file into an array. It raises ValueError if the file is damaged, or if its
+numbers cannot be right, such as a depth in millimetres.
+
+    root = find_dataset("nyud", Path("data"))     # data/ holds NYUD_MT/, or NYUD_MT.tgz
+    dataset = Files("nyud", root, "train", ["semseg", "depth"])
+    dataset[0]["image"], dataset[0]["semseg"], dataset[0]["depth"]      # tensors
+
+Classes are (H, W) uint8, where 255 means that the pixel is ignored. Depth and normals are float32,
+where 0 means that the pixel was not measured. To read every file once and list everything that is
+wrong, run `python -m extras.check --dataset nyud --data-root data`.
+
+References: NYU's 40 classes are from Gupta et al., CVPR 2013. The layouts, the six parts of a
+person, and the choice of classes with valid PASCAL normals are from ASTMT (arXiv 1904.08918).
+"""
+
+import os
+import shutil
+import tarfile
+import time
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from util import progress, reading
+
+# --- names of classes -----------------------------------------------------------------------------
+SEMSEG = {      # in the order of their numbers in our labels
+    "nyud": ("wall", "floor", "cabinet", "bed", "chair", "sofa", "table", "door", "window",
+             "bookshelf", "picture", "counter", "blinds", "desk", "shelves", "curtain", "dresser",
+             "pillow", "mirror", "floor mat", "clothes", "ceiling", "books", "refrigerator",
+             "television", "paper", "towel", "shower curtain", "box", "whiteboard", "person",
+             "night stand", "toilet", "sink", "lamp", "bathtub", "bag", "other structure",
+             "other furniture", "other prop"),
+    "pascal": ("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat",
+               "chair", "cow", "dining table", "dog", "horse", "motorbike", "person",
+               "potted plant", "sheep", "sofa", "train", "tv monitor"),
+}
+
+# PASCAL-Part (Chen et al., CVPR 2014) names 24 parts of a person. They become six classes.
+PARTS = {
+    "head": 1, "hair": 1, "lear": 1, "rear": 1, "leye": 1, "reye": 1, "lebrow": 1, "rebrow": 1,
+    "mouth": 1, "nose": 1,
+    "torso": 2, "neck": 2,
+    "luarm": 3, "ruarm": 3,                                     # upper arms
+    "llarm": 4, "rlarm": 4, "lhand": 4, "rhand": 4,             # lower arms
+    "luleg": 5, "ruleg": 5,                                     # upper legs
+    "llleg": 6, "rlleg": 6, "lfoot": 6, "rfoot": 6,             # lower legs
+}
+
+# The classes of PASCAL-Context (Mottaghi et al., CVPR 2014) that NYUD has as well.
+NYU_CLASSES = [
+    3, 4, 6, 9, 10, 11, 13, 15, 17, 18, 22, 23, 29, 30, 33, 34, 36, 37, 38, 39, 41, 43, 46, 49, 50,
+    51, 53, 55, 56, 59, 61, 62, 65, 66, 68, 69, 72, 73, 78, 83, 84, 85, 87, 88, 95, 96, 101, 104,
+    105, 107, 111, 113, 115, 122, 124, 135, 141, 142, 143, 146, 150, 154, 157, 158, 159, 165, 172,
+    174, 181, 183, 184, 191, 193, 195, 197, 199, 202, 213, 215, 216, 219, 220, 223, 225, 228, 230,
+    232, 233, 238, 239, 242, 243, 246, 250, 251, 252, 255, 260, 261, 263, 269, 272, 273, 275, 281,
+    283, 284, 285, 286, 287, 288, 290, 291, 292, 293, 295, 304, 307, 309, 310, 314, 315, 319, 323,
+    329, 330, 331, 336, 342, 345, 349, 350, 351, 352, 355, 357, 368, 370, 371, 374, 379, 380, 383,
+    384, 397, 401, 403, 405, 407, 408, 411, 412, 413, 414, 417, 419, 421, 423, 427, 429, 430, 432,
+    440, 441, 442, 443, 444, 446, 454, 457,
+]
+
+# --- finding a dataset ----------------------------------------------------------------------------
+SPLITS = {"nyud": "gt_sets", "pascal": "ImageSets/Context"}     # where the lists of images are
+ARCHIVES = {
+    "nyud": ("NYUD_MT.tgz", "NYUDv2.tar.gz"),
+    "pascal": ("PASCAL_MT.tgz", "PASCALContext.tar.gz"),
+}
+# An address is tried only with --download. Addresses die, so errors name the pages as well.
+ADDRESSES = {
+    "nyud": "https://data.vision.ee.ethz.ch/kmaninis/share/MTL/NYUD_MT.tgz",
+    "pascal": "https://data.vision.ee.ethz.ch/kmaninis/share/MTL/PASCAL_MT.tgz",
+}
+PAGES = ("https://github.com/facebookresearch/astmt or "
+         "https://github.com/prismformore/Multi-Task-Transformer")
+STAMP = "archive_stamp.txt"     # in an unpacked folder: which archive it was unpacked from
+ABANDONED = 60                  # seconds without a sign of life from a process that unpacks
+
+
+def find_dataset(name: str, source: str | Path, download: bool = False) -> Path:
+    """The folder of dataset `name`, given this folder, a folder around it, or an archive of it.
+
+    download: fetch the archive into `source` if nothing is there. Raises ValueError.
+    """
+    source = Path(source)
+    if source.is_file():
+        return find_dataset(name, unpack(name, source))
+
+    folders = []
+    for folder in (source, *sorted(source.glob("*/")), *sorted(source.glob("*/*/"))):
+        unfinished = ".partial" in (folder.suffix, folder.parent.suffix)
+        if (folder / SPLITS[name]).is_dir() and not unfinished:
+            folders.append(folder)
+    if len(folders) > 1:
+        raise ValueError(f"{name}: {source} holds several copies of the dataset: "
+                         f"{', '.join(map(str, folders))}. Name one of them with --data-root")
+    if folders:
+        check_stamp(folders[0])
+        return folders[0]
+
+    for archive in ARCHIVES[name]:
+        if (source / archive).is_file():
+            return find_dataset(name, source / archive)
+    if download:
+        archive = fetch_archive(name, source)
+        try:
+            return find_dataset(name, archive)
+        except ValueError:
+            archive.unlink()    # the server sent something else, and the next try must not find it
+            raise
+    if source.is_dir():
+        problem = f"holds neither {SPLITS[name]}/ nor an archive"
+    else:
+        problem = "does not exist"
+    raise ValueError(f"{name}: {source} {problem}. Give --data-root the dataset's folder or "
+                     f"archive ({' or '.join(ARCHIVES[name])}), or add --download. The archives "
+                     f"are documented at {PAGES}")
+
+
+def fetch_archive(name: str, folder: Path) -> Path:
+    """Download the archive of dataset `name` into `folder`. Raises ValueError."""
+    from torchvision.datasets.utils import download_url     # slow to import
+    archive = folder / ARCHIVES[name][0]
+    part = folder / f"{archive.name}.part"
+    part.unlink(missing_ok=True)    # download_url would take the start of a file for the whole file
+    print(f"downloading {ADDRESSES[name]} to {archive}", flush=True)
+    try:
+        download_url(ADDRESSES[name], str(folder), part.name)
+    except Exception as error:      # torchvision does not document which errors it raises
+        part.unlink(missing_ok=True)
+        raise ValueError(f"the download of {ADDRESSES[name]} failed: {error}. Put the archive into "
+                         f"{folder} yourself; it is documented at {PAGES}") from error
+    part.rename(archive)
+    return archive
+
+
+def unpack(name: str, archive: Path) -> Path:
+    """Unpack an archive of dataset `name` into the folder next to it, if that is not done yet.
+
+    NYUD_MT.tgz is unpacked to NYUD_MT.tgz.unpacked, by way of NYUD_MT.tgz.partial. If the archive
+    is damaged or holds something else, ValueError is raised before a byte is written.
+    """
+    folder = archive.with_name(archive.name + ".unpacked")
+    if folder.is_dir():
+        return folder
+    megabytes = archive.stat().st_size / 1e6
+    print(f"unpacking {archive} ({megabytes:.0f} MB) to {folder}", flush=True)
+    members = read_members(name, archive)
+    partial = archive.with_name(archive.name + ".partial")
+    claim_folder(partial)
+    if folder.is_dir():     # another process has just finished it
+        partial.rmdir()
+        return folder
+    try:
+        with tarfile.open(archive) as tar:
+            for member in progress(members, "unpacked files"):
+                tar.extract(member, partial, filter="data")
+                os.utime(partial)                   # the sign of life
+        (partial / STAMP).write_text(stamp(archive))
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return folder
+
+
+def read_members(name: str, archive: Path) -> list[tarfile.TarInfo]:
+    """Read a tar archive of dataset `name` to its end, and list the files and folders in it.
+
+    Raises ValueError if it is damaged, is not the dataset, or holds links, devices, or paths that
+    lead out of the folder that it is unpacked to.
+    """
+    with reading(archive, f"an archive of {name}; fetch it again, see {PAGES}"):
+        with tarfile.open(archive) as tar:
+            members = tar.getmembers()
+            while tar.fileobj.read(1 << 20):        # gzip's checksum comes at the very end
+                pass
+        for member in members:
+            path = PurePosixPath(member.name)
+            outside = path.is_absolute() or ".." in path.parts
+            if outside or not (member.isreg() or member.isdir()):
+                raise ValueError(f"refused, because {member.name!r} in it is not a plain file or "
+                                 f"folder. The published archives are documented at {PAGES}")
+        for split in ("train", "val"):
+            expected = f"{SPLITS[name]}/{split}.txt"
+            if not any(member.name.endswith(expected) for member in members):
+                raise ValueError(f"holds no {expected}, so it is not an archive of {name}; see "
+                                 f"{PAGES}")
+    return members
+
+
+def claim_folder(folder: Path) -> None:
+    """Make a folder. If it exists, wait for the process that works in it to finish.
+
+    A folder in which nothing has happened for a minute was left behind by a killed process, so it
+    is removed and made anew.
+    """
+    while True:
+        try:
+            folder.mkdir()
+            return
+        except FileExistsError:
+            idle = time.time() - folder.stat().st_mtime
+        if idle > ABANDONED:
+            print(f"removing {folder}, which was left behind", flush=True)
+            shutil.rmtree(folder)
+        else:
+            print(f"waiting, because another process may be working in {folder}", flush=True)
+            time.sleep(2)
+
+
+def stamp(archive: Path) -> str:
+    """The size and the time of change of an archive, by which a replaced one is noticed."""
+    status = archive.stat()
+    return f"{status.st_size} bytes, changed at {int(status.st_mtime)} s"
+
+
+def check_stamp(root: Path) -> None:
+    """Raise ValueError if `root` was unpacked from an archive that has been replaced since."""
+    for folder in (root, *root.parents):
+        if folder.suffix != ".unpacked":
+            continue
+        archive = folder.with_suffix("")            # NYUD_MT.tgz.unpacked -> NYUD_MT.tgz
+        if archive.is_file() and (folder / STAMP).read_text() != stamp(archive):
+            raise ValueError(f"{archive} is not the file that {folder} was unpacked from. Delete "
+                             "that folder to unpack the new archive, or move the archive elsewhere "
+                             "to keep using the folder")
+
+
+# --- files of any kind ----------------------------------------------------------------------------
+def read_image(path: Path, mode: str | None = "RGB") -> np.ndarray:
+    """An image file -> (H, W, 3) uint8. With mode None the values are returned as stored."""
+    with reading(path, "an image"):
+        with Image.open(path) as image:
+            if mode is not None:
+                image = convert(image, mode)
+            return np.array(image)
+
+
+def read_photo(path: Path) -> np.ndarray:
+    """Any photo that Pillow can open -> (H, W, 3) uint8.
+
+    The photo is turned upright as its EXIF data say, and shrunk to at most 2048 pixels a side.
+    """
+    with reading(path, "a photo that Pillow can open"):
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            image = convert(image, "RGB")
+            image.thumbnail((2048, 2048))
+            return np.array(image)
+
+
+def convert(image: Image.Image, mode: str) -> Image.Image:
+    """Convert an image to "RGB" or "L" (grey). Pillow itself would clip deep greys to 0..255.
+
+    Greys of 16 bits are divided by 256. Greys of 32 bits, integers or floats, have no fixed range:
+    their smallest value becomes black, their largest white.
+    """
+    if image.mode.startswith("I;16"):
+        values = np.array(image) // 256
+        image = Image.fromarray(values.astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        values = np.array(image).astype(np.float64)
+        finite = values[np.isfinite(values)]
+        low, high = finite.min(), finite.max()
+        values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
+        values = (values - low) / max(high - low, 1e-12) * 255
+        image = Image.fromarray(values.round().astype(np.uint8))
+    return image.convert(mode)
+
+
+def read_array(path: Path, integers: bool = False) -> np.ndarray:
+    """A .npy file of floats -> float32, (H, W) or (H, W, channels). Pickled objects are refused.
+
+    integers: accept them as well. By default they are an error, because integers are often
+    millimetres, which would train as metres.
+    """
+    with reading(path, "a .npy file of numbers"):
+        array = np.load(path, allow_pickle=False)
+        if not integers and array.dtype.kind != "f":
+            raise ValueError(f"holds {array.dtype}, expected floats; if these are millimetres, "
+                             "divide by 1000 and save them as float32")
+    return array.astype(np.float32)
+
+
+def read_mat(path: Path, variable: str) -> np.ndarray | dict:
+    """One variable of a MATLAB file. Structs become dicts, arrays of structs lists of dicts."""
+    from scipy.io import loadmat        # scipy is needed only for PASCAL
+    return loadmat(path, simplify_cells=True)[variable]
+
+
+def read_ids(path: Path) -> list[str]:
+    """The names of a split's images, one per line."""
+    with reading(path, "a text file with one image name per line"):
+        ids = path.read_text("utf-8-sig").split()       # with or without a byte order mark
+        id, times = Counter(ids).most_common(1)[0]
+        if times > 1:
+            raise ValueError(f"lists {id} {times} times, expected each image once")
+    return ids
+
+
+# --- labels ---------------------------------------------------------------------------------------
+def read_nyud_classes(path: Path) -> np.ndarray:
+    """Stored: 0 for void, 1 to 40 for the classes. Returned: 255 for void, 0 to 39."""
+    label = read_image(path, mode=None)
+    wrong = label[~np.isin(label, range(41))]
+    if wrong.size:
+        raise ValueError(f"{path} holds class {wrong[0]}, expected 0 (void) to 40")
+    return label.astype(np.uint8) - 1       # 0 wraps around to 255
+
+
+def read_voc_classes(path: Path) -> np.ndarray:
+    """Stored and returned: 0 for the background, 1 to 20 for objects, 255 to ignore."""
+    label = read_image(path, mode=None)
+    wrong = label[~np.isin(label, [*range(21), 255])]
+    if wrong.size:
+        raise ValueError(f"{path} holds class {wrong[0]}, expected 0 to 20 or 255")
+    return label.astype(np.uint8)
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """A black and white image -> (H, W) uint8 of 0 and 1. Greys above one half are 1.
+
+    An image with only one value besides 0 is a mask as well, whatever this value is.
+    """
+    grey = read_image(path, mode="L")
+    values = np.unique(grey[grey > 0])
+    threshold = 127 if len(values) > 1 else 0
+    return (grey > threshold).astype(np.uint8)
+
+
+def read_edges(path: Path) -> np.ndarray | None:
+    """Edges from .npy (0 and 1) or .png (black and white) -> (H, W) uint8 of 0 and 1.
+
+    Returns None for an image without any edge: its edges were not labelled.
+    """
+    if path.suffix == ".png":
+        edges = read_mask(path)
+    else:
+        edges = read_array(path, integers=True)
+    if edges.ndim == 3 and edges.shape[2] == 1:
+        edges = edges[..., 0]
+    edges = (edges > 0.5).astype(np.uint8)
+    return edges if edges.any() else None
+
+
+def read_depth(path: Path) -> np.ndarray:
+    """Depth in metres -> (H, W, 1) float32. Values that are not finite or not positive become 0."""
+    depth = read_array(path)
+    if depth.ndim == 2:
+        depth = depth[..., None]
+    valid = np.isfinite(depth) & (depth > 0)
+    if valid.any():
+        median = np.median(depth[valid])
+        if median > 80:
+            raise ValueError(f"{path} has a median depth of {median:.0f}, expected metres; if "
+                             "these are millimetres, divide by 1000")
+    return np.where(valid, depth, 0)
+
+
+def read_normals(path: Path) -> np.ndarray:
+    """Unit vectors (x right, y down, z to the camera) -> (H, W, 3) float32, (0, 0, 0) = invalid.
+
+    A .npy file holds them as they are. A .png file holds (v + 1) * 255 / 2, and grey or black
+    where no normal is known.
+    """
+    if path.suffix == ".png":
+        stored = read_image(path)
+        normals = stored * np.float32(2 / 255) - 1
+        black = (stored == 0).all(-1)
+        grey = (abs(normals) < 0.01).all(-1)
+        normals[black | grey] = 0
+    else:
+        normals = read_array(path)
+    length = np.linalg.norm(normals, axis=-1, keepdims=True)        # (H, W, 1)
+    lengths = length[length > 0]
+    if lengths.size and (abs(lengths - 1) > 0.1).mean() > 0.1:
+        raise ValueError(f"{path} has normals of median length {np.median(lengths):.2f}, expected "
+                         "1; are these unit vectors?")
+    valid = (length > 0.5) & (length < 1.5)
+    return np.where(valid, normals / np.maximum(length, 1e-6), 0)
+
+
+def read_pascal_normals(path: Path, context: Path) -> np.ndarray:
+    """PASCAL's normals, which a network predicted, valid on the classes it was trained with.
+
+    That network was trained on NYUD, so normals count only where PASCAL-Context's .mat file
+    (variable LabelMap) has one of NYU_CLASSES.
+    """
+    normals = read_normals(path)
+    with reading(context, "an annotation of PASCAL-Context"):
+        label = np.asarray(read_mat(context, "LabelMap"))
+        if label.shape != normals.shape[:2]:
+            raise ValueError(f"its LabelMap has shape {label.shape}, expected {normals.shape[:2]} "
+                             f"as {path}")
+    known = np.isin(label, NYU_CLASSES)
+    return normals * known[..., None].astype(np.uint8)
+
+
+def read_parts(path: Path) -> np.ndarray | None:
+    """PASCAL-Part's .mat file -> (H, W) uint8, 0 for the background and 1 to 6 for body parts.
+
+    Returns None for an image without any person. Parsing is ten times slower than reading an
+    image, so the result is kept as a .png in the dataset's folder. The name holds a checksum of
+    the .mat file, so that a changed file is parsed again.
+    """
+    checksum = zlib.crc32(path.read_bytes())
+    png = path.parents[1] / "parsed_human_parts" / f"{path.stem}-{checksum:08x}.png"
+    if png.is_file():
+        parts = read_image(png, mode=None)
+    else:
+        with reading(path, "an annotation of PASCAL-Part"):
+            parts = parse_parts(read_mat(path, "anno"))
+        keep(parts, png)
+    return parts if parts.any() else None
+
+
+def parse_parts(annotation: dict) -> np.ndarray:
+    """The masks of all parts of all people as one label (H, W); (1, 1) without any person."""
+    label = np.zeros((1, 1), np.uint8)
+    for figure in as_list(annotation["objects"]):
+        if figure["class"] != "person":
+            continue
+        for part in as_list(figure["parts"]):
+            mask = np.asarray(part["mask"]) > 0
+            height, width = mask.shape
+            if label.shape == (1, 1):
+                label = np.zeros((height, width), np.uint8)
+            label[mask] = PARTS[part["part_name"]]
+    return label
+
+
+def as_list(value: dict | np.ndarray | list) -> list:
+    """scipy simplifies an array of one struct to the struct itself. This undoes it."""
+    return [value] if isinstance(value, dict) else list(value)
+
+
+def keep(label: np.ndarray, path: Path) -> None:
+    """Write a label to a .png, if the dataset's folder can be written to.
+
+    Several processes may do this at once, so each writes a separate file and then renames it.
+    """
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(label).save(temporary, "png")
+        temporary.replace(path)
+    except OSError:
+        if temporary.exists():      # a full disk; on a read-only one it was never made
+            temporary.unlink()
+
+
+# --- the datasets ---------------------------------------------------------------------------------
+# For the image and each task: the reader, then the alternative files for each of its arguments.
+LAYOUTS = {
+    "nyud": {
+        "image": (read_image, ["images/{}.jpg", "images/{}.png"]),
+        "semseg": (read_nyud_classes, ["segmentation/{}.png"]),
+        "depth": (read_depth, ["depth/{}.npy"]),
+        "normals": (read_normals, ["normals/{}.npy", "normals/{}.png"]),
+        "edge": (read_edges, ["edge/{}.npy", "edge/{}.png"]),
+    },
+    "pascal": {
+        "image": (read_image, ["JPEGImages/{}.jpg"]),
+        "semseg": (read_voc_classes, ["semseg/VOC12/{}.png", "semseg/pascal-context/{}.png"]),
+        "human_parts": (read_parts, ["human_parts/{}.mat"]),
+        "sal": (read_mask, ["sal_distill/{}.png"]),
+        "normals": (read_pascal_normals, ["normals_distill/{}.png"],
+                    ["pascal-context/trainval/{}.mat"]),
+    },
+}
+CHANNELS = {"image": (3,), "depth": (1,), "normals": (3,)}      # the others are (H, W)
+
+
+class Files(Dataset):
+    """One split of NYUD-v2 or PASCAL-Context, read from the folder `root`.
+
+    A sample holds "image" (3, H, W) uint8 and the labels of `tasks`: (H, W) uint8 or
+    (channels, H, W) float32. Raises ValueError if a label has another size than its image.
+    complete: raise ValueError at once if any file is missing. extras.check reports them all.
+    """
+
+    def __init__(self, name: str, root: Path, split: str, tasks: Sequence[str],
+                 complete: bool = True):
+        self.name, self.root = name, Path(root)
+        self.layout = {}
+        for task in ("image", *tasks):
+            if task not in LAYOUTS[name]:
+                known = [task for task in LAYOUTS[name] if task != "image"]
+                raise ValueError(f"{name} has no labels for {task}; it has {', '.join(known)}")
+            self.layout[task] = LAYOUTS[name][task]
+        self.ids = read_ids(self.root / SPLITS[name] / f"{split}.txt")
+        if complete:
+            for id in self.ids:
+                for task in self.layout:
+                    self.paths(task, id)
+
+    def paths(self, task: str, id: str) -> list[Path]:
+        """The files that a task's label (or "image") is read from. ValueError if one is missing."""
+        paths = []
+        for alternatives in self.layout[task][1:]:
+            names = [pattern.format(id) for pattern in alternatives]
+            existing = [name for name in names if (self.root / name).is_file()]
+            if not existing:
+                raise ValueError(f"{self.name}: no file {' or '.join(names)} in {self.root}; "
+                                 f"expected the layout of {ARCHIVES[self.name][0]}, see "
+                                 "docs/DATA.md")
+            paths.append(self.root / existing[0])
+        return paths
+
+    def read(self, task: str, id: str, size: tuple[int, ...] | None = None) -> np.ndarray:
+        """A task's label (or "image"), (H, W) or (H, W, channels).
+
+        size: the (H, W) of the image, which a label must have.
+        """
+        paths = self.paths(task, id)
+        reader = self.layout[task][0]
+        value = reader(*paths)
+        if value is None:               # nothing was labelled
+            value = np.full(size, 255, np.uint8)
+        if size is None:
+            size = value.shape[:2]
+        expected = size + CHANNELS.get(task, ())
+        if value.shape != expected:
+            raise ValueError(f"{self.name}: {paths[0]} has shape {value.shape}, expected "
+                             f"{expected} as its image has")
+        return value
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        sample, size = {}, None
+        for task in self.layout:        # the image comes first
+            value = self.read(task, self.ids[i], size)
+            size = value.shape[:2]
+            if value.ndim == 3:
+                value = value.transpose(2, 0, 1)
+            sample[task] = torch.from_numpy(np.ascontiguousarray(value))
+        return sample

@@ -1,0 +1,107 @@
+"""extras/check.py: every fault in a dataset is listed, and a usable dataset passes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import nyud_pascal
+from extras import check
+from nyud_pascal import find_dataset
+
+
+def run_check(capsys, folder, dataset="nyud"):
+    """The output of `python -m extras.check`, and the error that it ends with, or 0."""
+    error = 0
+    try:
+        check.main(["--dataset", dataset, "--data-root", str(folder)])
+    except SystemExit as exit:
+        error = exit.code
+    return capsys.readouterr().out, error
+
+
+def test_a_generated_dataset_is_usable(nyud_folder, capsys):
+    """Its numbers are those of the files, computed here in another way."""
+    text, error = run_check(capsys, nyud_folder)
+    lines = text.splitlines()
+    assert error == 0 and lines[-1] == f"{nyud_folder} is usable"
+    assert "train: 4 of 4 images readable, 42x56 to 48x64" in lines
+    depth = np.concatenate([np.load(nyud_folder / f"depth/{id}.npy").ravel()
+                            for id in ("433", "834", "1407", "basement_0000")])
+    valid = depth[depth > 0]
+    assert (f"  depth        valid {len(valid) / len(depth):6.1%}   {valid.min():.2f} to "
+            f"{valid.max():.2f} m, mean {valid.mean():.2f}") in lines
+    assert f"  normals      valid {len(valid) / len(depth):6.1%}   mean (x right" in text
+    assert lines.count(f"{'':<15}no valid pixel in 1 images: 834") == 2     # depth and normals
+    stored = np.concatenate([np.array(Image.open(nyud_folder / f"segmentation/{id}.png")).ravel()
+                             for id in ("464", "972")])
+    semseg = next(line for line in lines[lines.index("val: 2 of 2 images readable, 47x62 to 48x64")
+                                         :] if line.startswith("  semseg"))
+    assert semseg.startswith(f"  semseg       valid {(stored > 0).mean():6.1%}   classes 0: ")
+    assert f"  30: {(stored == 31).sum() / (stored > 0).sum():.1%}" in semseg
+    x, y, z = np.load(nyud_folder / "normals/464.npy").mean((0, 1))
+    assert f"mean (x right, y down, z to the camera) {x:+.2f} {y:+.2f} {z:+.2f}" in text
+
+
+def test_pascal_is_usable_too(pascal_folder, capsys):
+    """Images without a person are listed, and are no fault."""
+    text, error = run_check(capsys, pascal_folder, "pascal")
+    assert error == 0
+    assert "no valid pixel in 2 images: 2008_000009, 2008_000019" in text
+
+
+def test_real_datasets_are_usable(real_nyud_archive, real_pascal_archive, capsys):
+    """Metres, class shares and normals that point to the camera."""
+    text, error = run_check(capsys, find_dataset("nyud", real_nyud_archive))
+    assert error == 0 and "train: 4 of 4 images readable, 425x560 to 480x640" in text
+    assert "depth        valid  58.1%   1.39 to 9.48 m, mean 3.75" in text
+    assert "semseg       valid  91.5%   classes 0: 30.4%  1: 17.0%" in text
+    text, error = run_check(capsys, real_pascal_archive, "pascal")
+    assert error == 0 and "sal          valid 100.0%   classes 0: 69.9%  1: 30.1%" in text
+
+
+def test_every_fault_is_listed(nyud_folder, capsys):
+    """One run lists all of them, each with its file, and ends with an error."""
+    folder = nyud_folder
+    np.save(folder / "normals/464.npy", np.load(folder / "normals/464.npy") * 0.5)
+    np.save(folder / "depth/464.npy", np.load(folder / "depth/464.npy") * 1000)
+    np.save(folder / "depth/1407.npy", np.load(folder / "depth/1407.npy")[:10])
+    (folder / "normals/1407.npy").unlink()
+    Image.new("L", (56, 42), 41).save(folder / "segmentation/1407.png")
+    (folder / "images/basement_0000.jpg").write_bytes(b"no image")
+    (folder / "gt_sets/val.txt").write_text("464\n972\n834\n")
+    text, error = run_check(capsys, folder)
+    faults = text.splitlines()[-9:]
+    expected = [
+        "segmentation/1407.png holds class 41, expected 0 (void) to 40",
+        "depth/1407.npy has shape (10, 56, 1), expected (42, 56, 1) as its image has",
+        "no file normals/1407.npy or normals/1407.png in",
+        "images/basement_0000.jpg is damaged, or is not an image",
+        "depth/464.npy has a median depth of ",
+        "normals/464.npy has normals of median length 0.50, expected 1",
+        "nyud val: depth has no valid pixel in any image",
+        "nyud val: normals has no valid pixel in any image",
+        "nyud: 1 images are in both train and val: 834"]
+    for fault, message in zip(faults, expected, strict=True):
+        assert message in fault
+    assert error == f"{folder} is not usable: it has 9 faults, listed above"
+    assert "train: 3 of 4 images readable" in text
+
+
+@pytest.mark.slow
+def test_the_file_that_crashes_its_reader_is_shown(pascal_folder):
+    """A reader that takes Python with it cannot be caught, but the file's name is shown before."""
+    script = ("import os, nyud_pascal\n"
+              "nyud_pascal.read_mat = lambda *_: os.abort()\n"
+              "from extras import check\n"
+              f"check.main(['--dataset', 'pascal', '--data-root', {str(pascal_folder)!r}])\n")
+    root = Path(nyud_pascal.__file__).parent
+    environment = {**os.environ, "PYTHONFAULTHANDLER": ""}      # which would print as well
+    crashed = subprocess.run([sys.executable, "-c", script], cwd=root, env=environment,
+                             capture_output=True, text=True)
+    shown = crashed.stderr.splitlines()[-1]
+    assert crashed.returncode and shown.startswith("train 1/3, 0 faults: reading human_parts/2008")

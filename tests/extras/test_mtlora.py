@@ -1,0 +1,180 @@
+"""extras/mtlora.py: eq. 2, and the maps of the published code. test_counts.py has the counts."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from extras.mtlora import SharedProductLinear, adapt, routing
+from swin import build_swin
+from tglora import TGLoRALinear, merge, run_stages
+
+T = 3
+VARIANTS = [dict(), dict(plus=True, task_rank=6)]               # MTLoRA and MTLoRA+, rank 6
+
+
+def backbone(**options):
+    """A small adapted backbone without dropout, in eval mode; its adapters are not zero."""
+    torch.manual_seed(0)
+    model = build_swin("mini", embed_dim=16)
+    adapt(model, model.ADAPTED["attn+mlp"], T, rank=6, dropout=0.0, **options)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p, std=0.1)
+    return model.eval()
+
+
+def task_maps(model, image):
+    """For each task, the four maps that its decoder reads."""
+    parents, group_of = routing(4, T)
+    maps = run_stages(model.layers, model.patch_embed(image), parents)
+    return [[m[group] for m, group in zip(maps, groups)] for groups in group_of]
+
+
+# --- cost and maps of the published code ----------------------------------------------------------
+def test_macs_of_a_layer_equal_pytorchs_counter():
+    """PyTorch counts two operations per multiply-accumulate and leaves out the bias."""
+    layer = SharedProductLinear(nn.Linear(16, 24), ranks=(6, 4, 4, 4))
+    with FlopCounterMode(display=False) as counter:
+        layer(torch.randn(4 * 2, 7, 16))
+    frozen, low_rank = layer.macs(rows=2 * 7)
+    assert frozen - 2 * 7 * 24 + low_rank == counter.get_total_flops() / 2
+
+
+def test_maps_are_those_of_the_published_code():
+    """From the same weights, in float64. What is left is the published float32's rounding, which
+    these random weights enlarge from stage to stage."""
+    path = Path(os.environ.get("TGLORA_DATA", "../shared/data"), "mtlora_published.pt")
+    if not path.is_file():
+        pytest.skip("TGLORA_DATA names no folder with mtlora_published.pt, maps of MTLoRA's code")
+    published = torch.load(path, weights_only=True)
+    names = ["semseg", "normals", "sal", "human_parts"]
+    model = build_swin("tiny", embed_dim=24, depths=(2, 2, 2, 2))
+    adapt(model, model.ADAPTED["attn+mlp"], 4, rank=8)
+    weights = {}
+    for name, value in published["weights"].items():
+        name = name.replace(".linear.", ".")
+        for letter in "AB":
+            name = name.replace(f"lora_shared_{letter}", f"lora_{letter}.0")
+            for group, task in enumerate(names, 1):
+                name = name.replace(f"lora_tasks_{letter}.{task}", f"lora_{letter}.{group}")
+        weights[name] = value.double()
+    model.double().load_state_dict(weights)
+    model.eval().requires_grad_(False)
+    x = model.patch_embed(published["input"].double())
+    for i, (stage, maps) in enumerate(zip(model.layers, published["maps"], strict=True)):
+        x, *own = stage(x).split(1)
+        for name, found in zip(names, own):
+            expected = maps[name].double()
+            error = (found.flatten(0, -2)[::7] - expected).abs().max() / expected.abs().max()
+            assert error < (1e-5, 1e-5, 1e-4, 2e-3)[i], (i, name)
+
+
+# --- equation 2 -----------------------------------------------------------------------------------
+def low_rank(layer, x, g):
+    """gamma B_g A_g x."""
+    return 4 * x @ layer.lora_A[g].T @ layer.lora_B[g].T
+
+
+def test_a_stage_is_plain_lora_up_to_its_last_projection():
+    """Then every group is W x_0 + b of the shared input plus gamma B_g A_g x_g of its own."""
+    stage, x = backbone().layers[0], torch.randn(2, 14, 14, 16)
+    outputs, last = stage(x).chunk(4), stage.blocks[1]
+    plain = build_swin("mini", embed_dim=16).eval().layers[0].blocks[1]
+    plain.load_state_dict(last.state_dict(), strict=False)
+    plain.attn.qkv = last.attn.qkv                          # shared by all groups
+    x = stage.blocks[0](x)
+    middle = []
+    for g in range(4):
+        proj = last.attn.proj
+        plain.attn.proj.weight.data = proj.weight + 4 * proj.lora_B[g] @ proj.lora_A[g]
+        middle.append(x + plain.attend(plain.norm1(x)))
+    fc1, fc2 = last.mlp.fc1, last.mlp.fc2
+    assert fc1.ranks == (6, 4, 4, 4)
+    shared = F.linear(plain.norm2(middle[0]), fc1.weight, fc1.bias)
+    hidden = [F.gelu(shared + low_rank(fc1, plain.norm2(m), g)) for g, m in enumerate(middle)]
+    shared = F.linear(hidden[0], fc2.weight, fc2.bias)
+    for g in range(4):
+        y = middle[g] + shared + low_rank(fc2, hidden[g], g)
+        torch.testing.assert_close(outputs[g], stage.downsample(y), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_merging_changes_no_map(variant):
+    """`merge` folds the plain adapters and leaves those around a shared product."""
+    model, image = backbone(**variant), torch.randn(2, 3, 64, 64)
+    before = task_maps(model, image)
+    after = task_maps(merge(model), image)
+    for own, merged in zip(before, after):
+        for a, b in zip(own, merged):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_dropout_is_the_published_codes():
+    """Where the groups begin they share one mask; later, inputs of tasks are not dropped."""
+    last = backbone(task_rank=6).layers[1].blocks[1].train()
+    for layer in (last.attn.proj, last.mlp.fc1):
+        layer.dropout = 0.5
+        for matrices in (layer.lora_A, layer.lora_B):       # the same adapter for all groups
+            for p in matrices:
+                p.data = matrices[0].data
+    shared, *tasks = last.attn.proj(torch.ones(2, 49, 32)).chunk(4)
+    assert all(torch.equal(y, shared) for y in tasks)
+    assert not torch.equal(shared, last.attn.proj.eval()(torch.ones(2, 49, 32))[:2])
+    shared, *tasks = last.mlp.fc1(torch.ones(8, 49, 32)).chunk(4)
+    expected = last.mlp.fc1.eval()(torch.ones(8, 49, 32))[:2]
+    assert not torch.equal(shared, expected)
+    assert all(torch.equal(y, expected) for y in tasks)
+
+
+def test_drop_path_of_the_branching_block():
+    """If both branches are dropped, every group passes the stage unchanged."""
+    stage, x = backbone().layers[3].train(), torch.randn(2, 7, 7, 128)
+    for block in stage.blocks:
+        block.drop_path.p = 1.0
+    assert torch.equal(stage(x), x.repeat(4, 1, 1, 1))
+
+
+@pytest.mark.parametrize("options, dropout", [({}, 0.05), (dict(dropout=0.2, plus=True), 0.2)])
+def test_dropout_reaches_every_adapter(options, dropout):
+    """Its default is 0.05, and every kind of layer gets it."""
+    model = build_swin("mini", embed_dim=16)
+    adapt(model, model.ADAPTED["attn+mlp"], T, 6, **options)
+    layers = [module for module in model.modules() if isinstance(module, TGLoRALinear)]
+    assert {layer.dropout for layer in layers} == {dropout}
+    assert len(layers) == 8 * 4 + 3 * ("plus" in options)
+
+
+# --- training -------------------------------------------------------------------------------------
+def test_a_task_trains_its_own_and_the_shared_adapters():
+    """Group 0 reaches every task, through the frozen products and through the next stages."""
+    model = backbone()
+    maps = task_maps(model, torch.randn(1, 3, 64, 64))[1]
+    sum(m.square().mean() for m in maps).backward()
+    for name in ("attn.proj", "mlp.fc1", "mlp.fc2"):
+        layer = model.layers[1].blocks[1].get_submodule(name)
+        reached = [p.grad is not None and bool(p.grad.any()) for p in layer.lora_B]
+        assert reached == [True, False, True, False], name
+
+
+def test_a_layer_without_adapters_shares_its_product():
+    """Every group gets W x_0 + b there, and nothing of the layer is trained."""
+    model = backbone(without=["mlp.fc1"], frozen=["norm1"])
+    fc1, x = model.layers[0].blocks[1].mlp.fc1, torch.randn(8, 5, 16)
+    for y in fc1(x).chunk(4):
+        torch.testing.assert_close(y, F.linear(x[:2], fc1.weight, fc1.bias))
+    for name, p in model.named_parameters():
+        if "fc1" in name or "norm1" in name:
+            assert not p.requires_grad or p.numel() == 0, name
+
+
+def test_names_that_do_not_occur_are_refused():
+    """An ablation with a typing error would otherwise leave nothing out."""
+    with pytest.raises(ValueError, match="without 'mlp.fc3': expected some of attn.qkv, attn.proj"):
+        backbone(without=["mlp.fc3"])
+    with pytest.raises(ValueError, match="frozen 'norm3': no weight of the backbone"):
+        backbone(frozen=["norm3"])

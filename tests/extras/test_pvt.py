@@ -1,0 +1,248 @@
+"""extras/pvt.py against the published equations, its weights, and adapters on it."""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from extras import bdta, mtlora, pvt
+from extras.pvt import build_pvt, load_weights
+from tglora import run_stages
+
+SMALL = dict(dims=(8, 16, 40, 64))      # one to eight heads of 8 channels
+DEPTHS, HEADS, RATIOS = (2, 2, 2, 2), (1, 2, 5, 8), (8, 4, 2, 1)
+
+
+def small_pvt():
+    """Weights large enough that a mistake shows, and norms whose epsilon counts."""
+    torch.manual_seed(0)
+    model = build_pvt("b0", **SMALL).eval()
+    for name, p in model.named_parameters():
+        is_scale = "norm" in name and name.endswith("weight")
+        nn.init.normal_(p, mean=1.0 if is_scale else 0.0, std=0.2)
+        if name.endswith(("patch_embed.proj.weight", "downsample.proj.weight", "sr.weight")):
+            p.data *= 0.02
+    return model
+
+
+def official_layout(state):
+    """Our weights under their published names."""
+    renamed = {}
+    for key, value in state.items():
+        key = key.replace("dwconv.", "dwconv.dwconv.").replace("patch_embed.", "patch_embed1.")
+        for i in range(4):
+            key = key.replace(f"layers.{i}.downsample", f"patch_embed{i + 2}")
+            key = key.replace(f"layers.{i}.blocks", f"block{i + 1}")
+            key = key.replace(f"layers.{i}.norm", f"norm{i + 1}")
+        renamed[key] = value
+    return renamed
+
+
+# --- the published equations, by the official names of weights ------------------------------------
+def norm(p, name, x, eps):
+    return F.layer_norm(x, x.shape[-1:], p[name + ".weight"], p[name + ".bias"], eps)
+
+
+def linear(p, name, x):
+    return x @ p[name + ".weight"].T + p[name + ".bias"]
+
+
+def convolution(p, name, x, stride=1, padding=0, groups=1):
+    """x (B, H, W, c) -> (B, H', W', C)."""
+    x = F.conv2d(x.permute(0, 3, 1, 2), p[name + ".weight"], p[name + ".bias"], stride, padding,
+                 groups=groups)
+    return x.permute(0, 2, 3, 1)
+
+
+def attention(p, name, x, heads, ratio):
+    """Queries from every token, keys and values from a reduced map; x (B, H, W, C)."""
+    z = x
+    if ratio > 1:
+        z = norm(p, name + "norm", convolution(p, name + "sr", x, ratio), 1e-5)
+    q = linear(p, name + "q", x).flatten(1, 2)
+    k, v = linear(p, name + "kv", z).flatten(1, 2).chunk(2, -1)
+    out = []
+    for q, k, v in zip(q.chunk(heads, -1), k.chunk(heads, -1), v.chunk(heads, -1)):
+        weights = torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, -1)
+        out.append(weights @ v)
+    return linear(p, name + "proj", torch.cat(out, -1)).view_as(x)
+
+
+def mlp(p, name, x):
+    x = linear(p, name + "fc1", x)
+    x = convolution(p, name + "dwconv.dwconv", x, padding=1, groups=x.shape[-1])
+    return linear(p, name + "fc2", F.gelu(x))
+
+
+def published_maps(p, image):
+    """The inputs of stages 2 to 4, and the output of stage 4 after its norm; image (B, 3, H, W)."""
+    x, maps = image.permute(0, 2, 3, 1), []
+    for s in range(4):
+        x = convolution(p, f"patch_embed{s + 1}.proj", x, (4, 2, 2, 2)[s], (3, 1, 1, 1)[s])
+        x = norm(p, f"patch_embed{s + 1}.norm", x, 1e-5)
+        maps.append(x)
+        for b in range(DEPTHS[s]):
+            name = f"block{s + 1}.{b}."
+            normed = norm(p, name + "norm1", x, 1e-6)
+            x = x + attention(p, name + "attn.", normed, HEADS[s], RATIOS[s])
+            x = x + mlp(p, name + "mlp.", norm(p, name + "norm2", x, 1e-6))
+        x = norm(p, f"norm{s + 1}", x, 1e-6)
+    return [*maps[1:], x]
+
+
+@torch.no_grad()
+def test_maps_equal_the_published_equations():
+    """In float64 to nine digits, for odd maps."""
+    model = small_pvt().double()
+    image = torch.randn(2, 3, 45, 77).double()
+    p = official_layout(model.state_dict())
+    maps, expected = model(image), published_maps(p, image)
+    for a, b in zip(maps, expected, strict=True):
+        assert a.shape == b.shape
+        assert (a - b).abs().max() <= 1e-9 * b.abs().max()
+
+
+# --- presets, cost, start -------------------------------------------------------------------------
+PUBLISHED = {   # parameters here, millions of parameters with a classifier, GMACs at 224x224
+    "b0": (3_409_760, 3.67, 0.57), "b1": (13_496_000, 14.01, 2.1),
+    "b2": (24_849_856, 25.36, 4.04), "b3": (44_725_696, 45.24, 6.9),
+    "b4": (62_043_072, 62.56, 10.1), "b5": (81_443_008, 81.96, 11.8)}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_and_macs(name):
+    """Every preset has the published size and cost."""
+    from cost import count_macs
+    parameters, millions, gmacs = PUBLISHED[name]
+    with torch.device("meta"):
+        model = build_pvt(name)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    classifier = 1000 * (model.channels[-1] + 1)
+    assert round((parameters + classifier) / 1e6, 2) == millions
+    macs = count_macs(model, (224, 224))["macs_all"]
+    assert macs / 1e9 == pytest.approx(gmacs, rel=0.02)
+
+
+def test_strides_are_rounded_up():
+    """They are 8, 16, 32 and 32; an unknown preset is refused."""
+    maps = small_pvt()(torch.zeros(2, 3, 129, 161))
+    assert [m.shape[1:] for m in maps] == [(17, 21, 16), (9, 11, 40), (5, 6, 64), (5, 6, 64)]
+    assert small_pvt().channels == [16, 40, 64, 64]
+    with pytest.raises(ValueError, match="unknown backbone 'b6'; expected one of b0, b1, b2"):
+        build_pvt("b6")
+
+
+def test_all_macs_equal_pytorchs_counter():
+    """Without biases, which PyTorch's counter leaves out; at odd sizes."""
+    from cost import count_macs
+    model = small_pvt().requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            module.bias = None
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(torch.randn(1, 3, 113, 130))
+    assert count_macs(model, (113, 130))["macs_all"] == counter.get_total_flops() / 2
+
+
+def test_random_start():
+    """Linear layers by 0.02; convolutions by the outputs that read a weight; as published."""
+    torch.manual_seed(0)
+    block = build_pvt("b0").layers[1].blocks[0]
+    for weight, std in ((block.mlp.fc1.weight, 0.02), (block.attn.sr.weight, (2 / 1024) ** 0.5),
+                        (block.mlp.dwconv.weight, (2 / 9) ** 0.5)):
+        assert weight.std().item() == pytest.approx(std, rel=0.05)
+    assert not block.attn.kv.bias.any() and not block.mlp.dwconv.bias.any()
+
+
+def test_drop_path_grows_with_depth():
+    """From 0 to the given rate, in equal steps."""
+    model = build_pvt("b0", drop_path=0.7, **SMALL)
+    rates = [block.drop_path.p for stage in model.layers for block in stage.blocks]
+    assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7])
+    block, x = model.layers[0].blocks[0].train(), torch.randn(1, 8, 8, 8)
+    block.drop_path.p = 1.0
+    assert torch.equal(block(x), x)
+
+
+# --- weights --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("layout", ["timm", "ours"])
+def test_other_layouts_load_to_the_same_model(tmp_path, layout):
+    """Timm's, and the one that extras/export.py writes."""
+    state = small_pvt().state_dict()
+    renamed = dict(state)
+    if layout == "timm":                # its stages begin with their patch embedding
+        renamed = {}
+        for key, value in state.items():
+            if "downsample" in key:
+                key = re.sub(r"\d", lambda number: str(int(number[0]) + 1), key, count=1)
+            renamed[key.replace("layers.", "stages.")] = value
+    renamed["head.bias"] = torch.zeros(1000)
+    torch.save(renamed, tmp_path / "weights.pth")
+    model = build_pvt("b0", **SMALL)
+    load_weights(model, str(tmp_path / "weights.pth"))
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, state[key]), key
+
+
+def test_published_files(tmp_path, monkeypatch):
+    """"imagenet" is the file of the official release; torchvision has no weights."""
+    asked = []
+
+    def fetch(url):
+        asked.append(url)
+        return tmp_path / "pvt_v2_b2.pth"
+    monkeypatch.setattr(pvt, "fetch", fetch)
+    state = small_pvt().state_dict()
+    published = {**official_layout(state), "head.bias": torch.zeros(1000)}
+    torch.save(published, tmp_path / "pvt_v2_b2.pth")
+    model = build_pvt("b0", **SMALL)
+    load_weights(model, "imagenet")
+    assert asked == ["https://github.com/whai362/PVT/releases/download/v2/pvt_v2_b2.pth"]
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, state[key]), key
+    with pytest.raises(ValueError, match="torchvision has no weights of PVT v2; expected imagenet"):
+        load_weights(model, "torchvision")
+
+
+# --- methods on this backbone ---------------------------------------------------------------------
+def test_others_and_adapted_layers():
+    """Others: patch embeddings, norms and depth-wise convolutions. Reductions stay frozen."""
+    model, adapted = small_pvt(), set()
+    for name, p in model.named_parameters():
+        layer = name.rpartition(".")[0]
+        is_other = any(part in name for part in model.OTHERS)
+        is_adapted = layer.endswith(model.ADAPTED["attn+mlp"])
+        assert is_other + is_adapted + (layer.endswith("attn.sr")) == 1, name
+        if is_adapted:
+            assert isinstance(model.get_submodule(layer), nn.Linear)
+            adapted.add(".".join(layer.split(".")[4:]))
+    assert adapted == {"attn.q", "attn.kv", "attn.proj", "mlp.fc1", "mlp.fc2"}
+    assert model.ADAPTED["attn"] == ("attn.q", "attn.kv", "attn.proj")
+
+
+@torch.no_grad()
+def test_mtlora_starts_as_the_frozen_backbone():
+    """Every group passes the norm of its stage and the patches of the next one."""
+    model, plain, image = small_pvt(), small_pvt(), torch.randn(2, 3, 64, 96)
+    mtlora.adapt(model, model.ADAPTED["attn+mlp"], 2, rank=3)
+    parents, group_of = mtlora.routing(4, 2)
+    maps = run_stages(model.layers, model.patch_embed(image), parents)
+    for groups in group_of:
+        for m, group, expected in zip(maps, groups, plain(image), strict=True):
+            torch.testing.assert_close(m[group], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_bdta_runs_next_to_it():
+    """Its bypass passes the same norms and patches; all weights but the backbone's are trained."""
+    tasks = [SimpleNamespace(name="a", outputs=4), SimpleNamespace(name="b", outputs=1)]
+    model = bdta.BDTANet(build_pvt("b0"), tasks)
+    predictions = model(torch.randn(2, 3, 64, 93))
+    assert predictions["a"].shape == (2, 4, 64, 93)
+    sum(x.square().mean() for x in predictions.values()).backward()
+    for name, p in model.named_parameters():
+        assert (p.grad is None) == name.startswith("backbone."), name

@@ -1,0 +1,486 @@
+"""nyud_pascal.py: datasets written from rooms are read back as these rooms; mistakes are named."""
+
+import errno
+import io
+import os
+import shutil
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import NYUD_ROOMS, PASCAL_ROOMS, room
+from PIL import Image
+
+import nyud_pascal
+from nyud_pascal import (NYU_CLASSES, PARTS, SEMSEG, Files, find_dataset, read_array, read_depth,
+                         read_edges, read_image, read_mask, read_normals, read_parts, read_photo,
+                         unpack)
+
+NYUD = ["semseg", "depth", "normals", "edge"]
+PASCAL = ["semseg", "human_parts", "sal", "normals"]
+
+
+def image_of(path, pixels, **options):
+    Image.fromarray(pixels).save(path, **options)
+    return path
+
+
+# --- samples --------------------------------------------------------------------------------------
+def test_nyud_samples_are_the_rooms_they_were_written_from(nyud_folder):
+    """Void and missing labels are marked as invalid; all other values come back exactly."""
+    numbers = np.array([1, 21, 0, 28, 39, 37, 30])      # floor, ceiling, wall ... as NYUD's classes
+    names = [SEMSEG["nyud"][n] for n in numbers]
+    assert names == ["floor", "ceiling", "wall", "box", "other prop", "other structure", "person"]
+    for split in ("train", "val"):
+        dataset = Files("nyud", nyud_folder, split, NYUD)
+        assert dataset.ids == [id for id in NYUD_ROOMS if NYUD_ROOMS[id][0] == split]
+        for sample, id in zip(dataset, dataset.ids):
+            _, number, size, missing = NYUD_ROOMS[id]
+            truth = room(number, size)
+            assert list(sample) == ["image", *NYUD]
+            assert sample["image"].shape == (3, *size) and sample["image"].dtype == torch.uint8
+            error = sample["image"].permute(1, 2, 0).numpy() - truth["image"].astype(float)
+            assert abs(error).mean() < 5                            # a JPEG
+            expected = {"semseg": numbers[truth["semseg"]], "depth": truth["depth"][None],
+                        "normals": truth["normals"].transpose(2, 0, 1), "edge": truth["edge"]}
+            expected["semseg"][:2] = 255
+            for task in missing:
+                expected[task][:] = 0 if task in ("depth", "normals") else 255
+            for task in NYUD:
+                np.testing.assert_allclose(sample[task], expected[task], atol=1e-6, err_msg=task)
+            assert [sample[task].dtype for task in NYUD] == [
+                torch.uint8, torch.float32, torch.float32, torch.uint8]
+
+
+def test_pascal_samples_are_the_rooms_they_were_written_from(pascal_folder):
+    """Body parts come only from people, and normals are valid only where NYUD has the class."""
+    numbers = np.array([0, 0, 0, 9, 20, 5, 15])
+    names = [SEMSEG["pascal"][n] for n in numbers[3:]]
+    assert names == ["chair", "tv monitor", "bottle", "person"]
+    for split in ("train", "val"):
+        dataset = Files("pascal", pascal_folder, split, PASCAL)
+        assert dataset.ids == [id for id in PASCAL_ROOMS if PASCAL_ROOMS[id][0] == split]
+        for sample, id in zip(dataset, dataset.ids):
+            truth = room(*PASCAL_ROOMS[id][1:3])
+            semseg = numbers[truth["semseg"]]
+            semseg[:2] = 255
+            np.testing.assert_array_equal(sample["semseg"], semseg)
+            np.testing.assert_array_equal(sample["human_parts"], truth["human_parts"])
+            np.testing.assert_array_equal(sample["sal"], truth["sal"])
+            known = truth["semseg"] <= 3                # floor, ceiling, wall, box
+            normals = sample["normals"].permute(1, 2, 0).numpy()
+            np.testing.assert_allclose(normals[known], truth["normals"][known], atol=0.01)
+            assert not normals[~known].any()
+
+
+def test_the_second_version_of_nyud_gives_the_same_samples(nyud_folder):
+    """NYUDv2.tar.gz holds .png files, which have 8 bits; pixels without a normal stay invalid."""
+    before = Files("nyud", nyud_folder, "train", NYUD)[0]
+    normals = np.load(nyud_folder / "normals/433.npy")
+    normals[:5] = 0                                     # becomes grey
+    image_of(nyud_folder / "normals/433.png", ((normals + 1) * 127.5).round().astype(np.uint8))
+    edges = np.load(nyud_folder / "edge/433.npy")
+    image_of(nyud_folder / "edge/433.png", (edges * 255).astype(np.uint8))
+    Image.open(nyud_folder / "images/433.jpg").save(nyud_folder / "images/433.png")
+    for path in ("images/433.jpg", "normals/433.npy", "edge/433.npy"):
+        (nyud_folder / path).unlink()
+    after = Files("nyud", nyud_folder, "train", NYUD)[0]
+    for task in ("image", "edge", "semseg", "depth"):
+        assert torch.equal(after[task], before[task])
+    assert not after["normals"][:, :5].any()
+    assert (after["normals"] - before["normals"])[:, 5:].abs().max() < 0.01
+
+
+def test_the_published_classes_have_their_numbers():
+    """40 and 21 names, six parts of a person, and 170 classes that NYUD and PASCAL-Context share.
+    """
+    assert len(set(SEMSEG["nyud"])) == 40 and len(set(SEMSEG["pascal"])) == 21
+    parts = [" ".join(sorted(name for name in PARTS if PARTS[name] == n)) for n in range(1, 7)]
+    assert parts == ["hair head lear lebrow leye mouth nose rear rebrow reye", "neck torso",
+                     "luarm ruarm", "lhand llarm rhand rlarm", "luleg ruleg",
+                     "lfoot llleg rfoot rlleg"]
+    assert NYU_CLASSES == sorted(set(NYU_CLASSES))
+    assert len(NYU_CLASSES) == 170 and sum(NYU_CLASSES) == 37556
+
+
+def test_real_nyud_is_read_as_published(real_nyud_archive):
+    """Real images of three sizes, compared with files that are read by hand."""
+    root = find_dataset("nyud", real_nyud_archive)
+    train, val = (Files("nyud", root, split, NYUD) for split in ("train", "val"))
+    assert [sample["image"].shape[1:] for sample in (*train, *val)] == [
+        (480, 640), (468, 625), (425, 560), (480, 640), (480, 640), (468, 625)]
+    sample, stored = train[0], np.array(Image.open(root / "segmentation/433.png")).astype(int)
+    np.testing.assert_array_equal(sample["semseg"], np.where(stored == 0, 255, stored - 1))
+    np.testing.assert_array_equal(sample["depth"][0], np.load(root / "depth/433.npy"))
+    np.testing.assert_array_equal(sample["edge"], np.load(root / "edge/433.npy"))
+    np.testing.assert_allclose(sample["normals"].permute(1, 2, 0),
+                               np.load(root / "normals/433.npy"), atol=1e-5)
+
+
+def test_real_pascal_is_read_as_published(real_pascal_archive):
+    """Semseg comes from both of its folders; body parts are compared with the annotation."""
+    loadmat = pytest.importorskip("scipy.io").loadmat
+    root = find_dataset("pascal", real_pascal_archive)
+    rider, cow, dogs = Files("pascal", root, "train", PASCAL)
+    assert set(rider["semseg"].unique().tolist()) == {0, 13, 15}
+    assert set(dogs["semseg"].unique().tolist()) == {0, 12}     # from semseg/pascal-context
+    assert (cow["human_parts"] == 255).all() and (dogs["human_parts"] == 255).all()
+    annotation = loadmat(root / "human_parts/2008_000008.mat")["anno"][0, 0]
+    expected = np.zeros((442, 500), np.uint8)
+    for part in annotation["objects"][0, 0]["parts"][0]:
+        expected[part["mask"].astype(bool)] = PARTS[part["part_name"][0]]
+    np.testing.assert_array_equal(rider["human_parts"], expected)
+    context = loadmat(root / "pascal-context/trainval/2008_000008.mat")["LabelMap"]
+    valid = rider["normals"].norm(dim=0).numpy() > 0.5
+    assert valid[context == 158].all() and not valid[context == 207].any()
+
+
+# --- wrong datasets -------------------------------------------------------------------------------
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:800])
+
+
+def millimetres(path):
+    np.save(path, np.load(path) * 1000)
+
+
+ONES = np.ones((43, 50), np.uint8)
+
+
+def other_size(path):
+    if path.suffix == ".npy":
+        np.save(path, np.ones((7, 9)))
+    else:
+        person = {"class": "person", "parts": {"part_name": "head", "mask": ONES}}
+        savemat = pytest.importorskip("scipy.io").savemat
+        savemat(path, {"anno": {"objects": person}, "LabelMap": ONES})
+
+
+@pytest.mark.parametrize("name, damage, message", [
+    ("images/433.jpg", cut_short, "433.jpg is damaged, or is not an image"),
+    ("depth/433.npy", other_size,
+     r"depth/433.npy has shape \(7, 9, 1\), expected \(48, 64, 1\) as its image has"),
+    ("depth/433.npy", millimetres,
+     "depth/433.npy has a median depth of [0-9]{4}, expected metres; if these are millimetres, "),
+    ("segmentation/433.png", lambda path: image_of(path, 41 * ONES),
+     r"433.png holds class 41, expected 0 \(void\) to 40"),
+    ("gt_sets/train.txt", Path.unlink, "no file .*gt_sets/train.txt; expected a text file"),
+    ("gt_sets/train.txt", lambda path: path.write_text("433\n834\n433\n"),
+     "train.txt: lists 433 2 times, expected each image once"),
+    ("semseg/VOC12/2008_000008.png", lambda path: image_of(path, 21 * ONES),
+     "2008_000008.png holds class 21, expected 0 to 20 or 255"),
+    ("human_parts/2008_000008.mat", cut_short,
+     "2008_000008.mat is damaged, or is not an annotation of PASCAL-Part"),
+    ("human_parts/2008_000008.mat", other_size,
+     r"2008_000008.mat has shape \(43, 50\), expected \(44, 50\) as its image has"),
+    ("pascal-context/trainval/2008_000008.mat", other_size,
+     r"its LabelMap has shape \(43, 50\), expected \(44, 50\) as .*normals_distill/2008_000008"),
+])
+def test_wrong_files_are_named(nyud_folder, pascal_folder, name, damage, message):
+    """The error is one line with the file, the mistake and the right form."""
+    dataset, root, tasks = "nyud", nyud_folder, NYUD
+    if not (root / name).exists():
+        dataset, root, tasks = "pascal", pascal_folder, PASCAL
+    damage(root / name)
+    with pytest.raises(ValueError, match=message) as error:
+        Files(dataset, root, "train", tasks)[0]
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_task_and_a_missing_file_are_named_at_once(nyud_folder):
+    """The error comes before training starts, not in the middle of the first epoch."""
+    with pytest.raises(ValueError, match="nyud has no labels for sal; it has semseg, depth, norm"):
+        Files("nyud", nyud_folder, "train", ["sal"])
+    (nyud_folder / "edge/basement_0000.npy").unlink()
+    assert len(Files("nyud", nyud_folder, "train", ["depth"])) == 4
+    with pytest.raises(ValueError, match="no file edge/basement_0000.npy or edge/basement_0000.p"):
+        Files("nyud", nyud_folder, "train", NYUD)
+
+
+# --- parsed MATLAB files --------------------------------------------------------------------------
+def test_matlab_files_are_parsed_once_and_again_when_they_change(pascal_folder, monkeypatch):
+    """The result is a .png whose name holds the checksum of the .mat file."""
+    path = pascal_folder / "human_parts/2008_000008.mat"
+    parts, nobody = read_parts(path), read_parts(path.with_name("2008_000009.mat"))
+    assert nobody is None and parts.max() == 6
+    kept = sorted(path.name for path in (pascal_folder / "parsed_human_parts").iterdir())
+    assert len(kept) == 2 and all(name.endswith(".png") for name in kept)
+    monkeypatch.setattr(nyud_pascal, "read_mat", lambda *_: pytest.fail("parsed again"))
+    np.testing.assert_array_equal(read_parts(path), parts)
+    assert read_parts(path.with_name("2008_000009.mat")) is None
+    path.write_bytes(path.read_bytes() + b"x")
+    with pytest.raises(pytest.fail.Exception, match="parsed again"):
+        read_parts(path)
+
+
+def test_a_folder_that_cannot_be_written_to_is_only_slower(pascal_folder):
+    """Here a file stands where the folder of parsed files should be."""
+    (pascal_folder / "parsed_human_parts").write_text("")
+    parts = read_parts(pascal_folder / "human_parts/2008_000008.mat")
+    np.testing.assert_array_equal(parts, room(6, (44, 50))["human_parts"])
+
+
+# --- single files ---------------------------------------------------------------------------------
+def test_depth_that_was_not_measured_is_zero(tmp_path):
+    """NaN, infinity and negative numbers are invalid; the last axis may be there or not."""
+    depth = np.array([[1.5, np.nan, np.inf], [-1, 0, 80]], np.float32)
+    for array in (depth, depth[..., None]):
+        np.save(tmp_path / "a.npy", array)
+        assert read_depth(tmp_path / "a.npy").tolist() == [[[1.5], [0], [0]], [[0], [0], [80]]]
+    np.save(tmp_path / "a.npy", np.full((2, 3), 81.0))
+    with pytest.raises(ValueError, match="a.npy has a median depth of 81, expected metres"):
+        read_depth(tmp_path / "a.npy")
+
+
+@pytest.mark.parametrize("invalid, refused", [(0.45, 0.89), (1.55, 1.11)])
+def test_normals_of_another_length(tmp_path, invalid, refused):
+    """Up to one in ten may have a wrong length: these are invalid if it is far from 1."""
+    path = tmp_path / "a.npy"
+    normals = np.zeros((10, 8, 3), np.float32)
+    normals[1:, :, 2] = 1.09                    # close enough: it is normalised
+    normals[1, :7, 2] = invalid                 # 7 of 72
+    np.save(path, normals)
+    result = read_normals(path)
+    assert not result[0].any() and not result[1, :7].any()
+    np.testing.assert_allclose(result[2:], np.broadcast_to([0, 0, 1], (8, 8, 3)), atol=1e-6)
+    normals[1, :, 2] = refused                  # 8 of 72
+    np.save(path, normals)
+    with pytest.raises(ValueError, match="a.npy has normals of median length 1.09, expected 1"):
+        read_normals(path)
+
+
+def test_black_and_grey_pixels_of_a_png_are_no_normals(tmp_path):
+    """Both greys in the middle are invalid. All other colours are decoded and normalised."""
+    pixels = np.zeros((5, 8, 3), np.uint8)
+    pixels[1], pixels[2], pixels[3:] = 127, 128, (204, 128, 26)
+    normals = read_normals(image_of(tmp_path / "a.png", pixels))
+    assert not normals[:3].any()
+    expected = np.array([204, 128, 26]) / 127.5 - 1         # about (0.6, 0, -0.8)
+    expected /= np.linalg.norm(expected)
+    np.testing.assert_allclose(normals[3:], np.broadcast_to(expected, (2, 8, 3)), atol=1e-5)
+
+
+def test_masks_may_be_stored_with_any_white(tmp_path):
+    """If there are several greys, those above one half are white."""
+    path, truth = tmp_path / "a.png", np.eye(8, dtype=np.uint8)
+    for white in (1, 255):
+        image_of(path, truth * white)
+        assert (read_mask(path) == truth).all() and (read_edges(path) == truth).all()
+    image_of(path, np.array([[0, 1, 127, 128]] * 4, np.uint8))
+    assert read_mask(path).tolist() == [[0, 0, 0, 1]] * 4
+    np.save(tmp_path / "a.npy", np.array([[[0.0], [0.5], [0.51]]]))
+    assert read_edges(tmp_path / "a.npy").tolist() == [[0, 0, 1]]
+
+
+@pytest.mark.parametrize("array, message", [
+    (np.full((2, 2), 1500, np.uint16), "a.npy: holds uint16, expected floats; if these are milli"),
+    (np.array([[None]]), "a.npy: Object arrays cannot be loaded when allow_pickle=False")])
+def test_integers_and_pickled_objects_are_refused(tmp_path, array, message):
+    """Integers are probably millimetres, and a pickle could run code."""
+    np.save(tmp_path / "a.npy", array)
+    with pytest.raises(ValueError, match=message):
+        read_array(tmp_path / "a.npy")
+
+
+# --- photos ---------------------------------------------------------------------------------------
+RAMP = np.linspace(0, 1, 64).reshape(8, 8)
+
+
+@pytest.mark.parametrize("name, stored, expected", [
+    ("a.png", (RAMP * 65535).astype(np.uint16), RAMP * 255),
+    ("a.tiff", (RAMP * 50 - 20).astype(np.float32), RAMP * 255),
+    ("a.tiff", (RAMP * 2e9 - 1e9).astype(np.int32), RAMP * 255),
+    ("a.tiff", np.where(RAMP > 0.5, np.inf, RAMP).astype(np.float32),
+     np.where(RAMP > 0.5, 255, RAMP / RAMP[RAMP <= 0.5].max() * 255)),
+    ("a.tiff", np.full((8, 8), 0.5, np.float32), np.zeros((8, 8)))])
+def test_deep_greys_are_scaled_to_8_bits(tmp_path, name, stored, expected):
+    """16 bits by their range, 32 bits (integers and floats) from their smallest to their largest
+    value; Pillow would clip all of them at 255."""
+    image_of(tmp_path / name, stored)
+    for read in (read_photo, read_image):
+        pixels = read(tmp_path / name)
+        assert pixels.shape == (8, 8, 3) and pixels.dtype == np.uint8
+        np.testing.assert_allclose(pixels, np.stack([expected] * 3, -1), atol=1)
+
+
+def test_photos_are_turned_upright_and_shrunk(tmp_path):
+    """As EXIF says and to 2048 pixels. A dataset's image is neither: its labels would not fit."""
+    exif, pixels = Image.Exif(), np.zeros((8, 12, 3), np.uint8)
+    exif[0x0112] = 6                    # the camera was held upright: turn by 90 degrees
+    pixels[:, :6] = 200                 # bright on the left as stored, at the top as seen
+    path = image_of(tmp_path / "a.png", pixels, exif=exif)
+    assert read_photo(path).tolist() == pixels.transpose(1, 0, 2).tolist()
+    assert read_image(path).tolist() == pixels.tolist()
+    Image.new("L", (3000, 1500)).save(path)
+    assert read_photo(path).shape == (1024, 2048, 3) and read_image(path).shape == (1500, 3000, 3)
+
+
+# --- archives -------------------------------------------------------------------------------------
+LISTS = ("NYUD_MT/gt_sets/train.txt", "NYUD_MT/gt_sets/val.txt")
+
+
+def make_archive(folder, *members):
+    """NYUD_MT.tgz in `folder`. A member is the name of a small file, or a tuple (name, type)."""
+    path = folder / "NYUD_MT.tgz"
+    with tarfile.open(path, "w:gz") as tar:
+        for member in members:
+            if isinstance(member, str):
+                info = tarfile.TarInfo(member)
+                info.size = 2
+            else:
+                info = tarfile.TarInfo(member[0])
+                info.type, info.linkname = member[1], LISTS[0]
+            tar.addfile(info, io.BytesIO(b"1\n"))
+    return path
+
+
+def test_a_dataset_is_its_folder_one_around_it_or_an_archive(nyud_archive, pascal_archive, tmp_path,
+                                                             monkeypatch):
+    """All of them name the same folder; a folder that you unpacked yourself comes first."""
+    pascal = pascal_archive.parent
+    assert find_dataset("pascal", pascal) == pascal / "PASCAL_MT.tgz.unpacked/PASCAL_MT"
+    archive = shutil.copy2(nyud_archive, tmp_path)
+    root = tmp_path / "NYUD_MT.tgz.unpacked/NYUD_MT"
+    for source in (tmp_path, archive, root, root.parent, str(tmp_path)):
+        assert find_dataset("nyud", source) == root
+    assert sorted(os.listdir(tmp_path)) == ["NYUD_MT.tgz", "NYUD_MT.tgz.unpacked"]
+    monkeypatch.chdir(root)
+    assert find_dataset("nyud", ".") == Path(".")
+    Path(archive).unlink()              # to save space
+    assert find_dataset("nyud", tmp_path) == root
+    shutil.copytree(root, tmp_path / "NYUD_MT")
+    with pytest.raises(ValueError, match="holds several copies .*/NYUD_MT, .*with --data-root"):
+        find_dataset("nyud", tmp_path)
+    shutil.rmtree(root.parent)
+    make_archive(tmp_path, *LISTS).rename(tmp_path / "NYUDv2.tar.gz")
+    assert find_dataset("nyud", tmp_path) == tmp_path / "NYUD_MT"
+
+
+def test_nothing_there_says_where_to_get_it(tmp_path):
+    """A folder that does not exist, and one without a dataset."""
+    with pytest.raises(ValueError, match="nowhere does not exist.*NYUD_MT.tgz or NYUDv2.tar.gz.*"
+                                         "--download.*https://github.com"):
+        find_dataset("nyud", tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="pascal: .* holds neither ImageSets/Context/ nor an arch"):
+        find_dataset("pascal", tmp_path)
+
+
+def test_a_replaced_archive_is_noticed(tmp_path):
+    """By its size or its time, whichever way the dataset is named; the error says what to do."""
+    archive = make_archive(tmp_path, *LISTS)
+    before = archive.stat()
+    root = find_dataset("nyud", archive)
+    make_archive(tmp_path, *LISTS, "NYUD_MT/images/0.jpg")
+    os.utime(archive, ns=(0, before.st_mtime_ns))
+    for source in (archive, root, tmp_path):
+        with pytest.raises(ValueError, match="NYUD_MT.tgz is not the file that .*unpacked was unp"
+                                             "acked from. Delete that folder to unpack the new"):
+            find_dataset("nyud", source)
+    make_archive(tmp_path, *LISTS)
+    os.utime(archive, ns=(0, before.st_mtime_ns + 10 ** 9))
+    with pytest.raises(ValueError, match="is not the file that"):
+        find_dataset("nyud", tmp_path)
+    os.utime(archive, ns=(0, before.st_mtime_ns))
+    assert find_dataset("nyud", tmp_path) == root
+
+
+REFUSED = "refused, because '.*' in it is not a plain file"
+DAMAGED = "is damaged, or is not an archive of nyud; fetch it again"
+
+
+@pytest.mark.parametrize("members, size, message", [
+    ([*LISTS, "NYUD_MT/../../outside.txt"], None, REFUSED),
+    ([*LISTS, "/absolute.txt"], None, REFUSED),
+    ([*LISTS, ("NYUD_MT/link", tarfile.SYMTYPE)], None, REFUSED),
+    ([*LISTS, ("NYUD_MT/link", tarfile.LNKTYPE)], None, REFUSED),
+    (LISTS[:1], None, "holds no gt_sets/val.txt, so it is not an archive of nyud; see https://"),
+    (LISTS[1:], None, "holds no gt_sets/train.txt"),
+    (LISTS, -40, DAMAGED),
+    (LISTS, -1, DAMAGED)])              # the last byte belongs to gzip's checksum
+def test_a_wrong_archive_is_refused_before_anything_is_written(tmp_path, members, size, message):
+    """Only whole archives of plain files and folders with both lists of images are unpacked."""
+    archive = make_archive(tmp_path, *members)
+    archive.write_bytes(archive.read_bytes()[:size])
+    with pytest.raises(ValueError, match=f"NYUD_MT.tgz.* {message}"):
+        unpack("nyud", archive)
+    assert os.listdir(tmp_path) == ["NYUD_MT.tgz"]
+
+
+def test_a_full_disk_is_not_the_archives_fault(tmp_path, monkeypatch):
+    """The error of the disk comes through, and the unfinished folder is removed."""
+    def extract(self, member, *args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    archive = make_archive(tmp_path, *LISTS)
+    monkeypatch.setattr(tarfile.TarFile, "extract", extract)
+    with pytest.raises(OSError, match="No space left on device"):
+        unpack("nyud", archive)
+    assert os.listdir(tmp_path) == ["NYUD_MT.tgz"]
+
+
+def test_an_unfinished_folder_is_removed_by_the_next_start(tmp_path, monkeypatch):
+    """A process was killed while it unpacked. Its folder is never taken for the dataset."""
+    archive = make_archive(tmp_path, *LISTS)
+    partial = tmp_path / "NYUD_MT.tgz.partial"
+    (partial / "NYUD_MT/gt_sets").mkdir(parents=True)
+    (partial / "NYUD_MT/rest").write_text("")
+    os.utime(partial, (0, time.time() - 61))
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("waited for a process that is gone"))
+    root = find_dataset("nyud", tmp_path)
+    assert root == tmp_path / "NYUD_MT.tgz.unpacked/NYUD_MT" and not (root / "rest").exists()
+    assert (tmp_path / "NYUD_MT.tgz.unpacked" / LISTS[0]).read_text() == "1\n"
+    assert sorted(os.listdir(tmp_path)) == [archive.name, "NYUD_MT.tgz.unpacked"]
+
+
+def test_a_second_process_waits_for_the_one_that_unpacks(tmp_path, monkeypatch):
+    """As with torchrun. The first process finishes while the second one sleeps."""
+    archive = make_archive(tmp_path, *LISTS)
+    partial, folder = tmp_path / "NYUD_MT.tgz.partial", tmp_path / "NYUD_MT.tgz.unpacked"
+    (partial / "NYUD_MT/gt_sets").mkdir(parents=True)
+    os.utime(partial, (0, time.time() - 50))
+    monkeypatch.setattr(time, "sleep", lambda _: partial.rename(folder))
+    assert unpack("nyud", archive) == folder
+    assert not (folder / LISTS[0]).exists()         # so it is the first one's
+    assert sorted(os.listdir(tmp_path)) == [archive.name, folder.name]
+
+
+def test_unpacking_gives_signs_of_life(tmp_path, monkeypatch):
+    """One after each file, so that a long unpacking is not taken for an abandoned one."""
+    archive, touched = make_archive(tmp_path, *LISTS), []
+    monkeypatch.setattr(nyud_pascal.os, "utime", lambda path, *args: touched.append(Path(path)))
+    unpack("nyud", archive)
+    assert touched.count(tmp_path / "NYUD_MT.tgz.partial") == 2
+
+
+# --- downloads ------------------------------------------------------------------------------------
+def test_an_archive_is_downloaded_only_on_request(server, nyud_archive, tmp_path, monkeypatch):
+    """Into --data-root. The start of a file, left by a killed download, is not taken for it."""
+    folder, address = server
+    shutil.copy(nyud_archive, folder)
+    monkeypatch.setitem(nyud_pascal.ADDRESSES, "nyud", f"{address}/NYUD_MT.tgz")
+    data = tmp_path / "data"
+    with pytest.raises(ValueError, match="add --download"):
+        find_dataset("nyud", data)
+    data.mkdir()
+    (data / "NYUD_MT.tgz.part").write_bytes(b"start")
+    root = find_dataset("nyud", data, download=True)
+    assert root == data / "NYUD_MT.tgz.unpacked/NYUD_MT"
+    assert len(Files("nyud", root, "val", NYUD)) == 2
+    assert sorted(os.listdir(data)) == ["NYUD_MT.tgz", "NYUD_MT.tgz.unpacked"]
+
+
+def test_a_failed_download_says_where_else_to_look(server, tmp_path, monkeypatch):
+    """An address that does not exist, and one that sends a web page instead of the archive."""
+    folder, address = server
+    url = f"{address}/NYUD_MT.tgz"
+    monkeypatch.setitem(nyud_pascal.ADDRESSES, "nyud", url)
+    data = tmp_path / "data"
+    with pytest.raises(ValueError, match=f"download of {url} failed: .*404.*Put the archive in"
+                                         "to .*data yourself; .*https://github.com"):
+        find_dataset("nyud", data, download=True)
+    (folder / "NYUD_MT.tgz").write_text("<html>This service has moved.</html>")
+    with pytest.raises(ValueError, match="NYUD_MT.tgz is damaged, or is not an archive of nyud"):
+        find_dataset("nyud", data, download=True)
+    assert os.listdir(data) == []       # so that the next try does not find it

@@ -1,0 +1,141 @@
+"""stability.py against a direct bootstrap, and its rate of false decisions."""
+
+import numpy as np
+import pytest
+
+from grouping import best_partition, build_tree, format_tree
+from stability import stability
+
+
+def symmetric(x):
+    """A copy of (..., T, T) whose lower triangles mirror the upper ones."""
+    upper = np.triu(x, 1)
+    return upper + upper.swapaxes(-1, -2)
+
+
+def noisy(similarity, N, seed, deviation=0.15):
+    """(N, T, T): examples that scatter around the given similarities."""
+    rng = np.random.default_rng(seed)
+    T = len(similarity)
+    return symmetric(similarity + deviation * rng.standard_normal((N, T, T)))
+
+
+def without_labels(samples, task, share, seed):
+    """Some examples lose all their similarities to one task."""
+    samples = samples.copy()
+    missing = np.random.default_rng(seed).random(len(samples)) < share
+    samples[missing, task] = samples[missing, :, task] = np.nan
+    return samples
+
+
+def test_agreement_equals_a_direct_bootstrap():
+    """Each resample is a list of examples, drawn with replacement; its tree is built again."""
+    true = np.random.default_rng(5).uniform(0, 0.3, (5, 5))
+    for seed, groups in enumerate([(1, 2, 4, 5), (1, 2, 2, 3), (2, 3, 3, 5)]):
+        samples = without_labels(noisy(true, 30, seed), task=2, share=0.3, seed=seed)
+        tree = build_tree(np.nanmean(samples, 0), groups)
+        rng = np.random.default_rng(0)
+        same = []
+        for _ in range(400):
+            drawn = [samples[i] for i in rng.integers(30, size=30)]
+            again = build_tree(np.nanmean(drawn, 0), groups)
+            same.append([again[stage] == tree[stage] for stage in range(4)])
+        for stage, choice in enumerate(stability(tree, samples)):
+            if choice is not None:
+                assert choice.agreement == np.mean(same, 0)[stage]
+                assert choice.decided == (choice.agreement >= 0.995)
+
+
+def test_only_stages_with_a_choice_are_judged():
+    """A stage has none if it is one group, all tasks, or the groups of the stage after it."""
+    samples = noisy(np.zeros((5, 5)), 30, seed=0)
+    for groups, judged in (((1, 2, 4, 5), [0, 1, 1, 0]), ((1, 2, 2, 5), [0, 0, 1, 0]),
+                           ((1, 1, 2, 3), [0, 0, 1, 1]), ((2, 5, 5, 5), [1, 0, 0, 0]),
+                           ((3, 3, 3, 3), [0, 0, 0, 1]), ((1, 1, 1, 1), [0, 0, 0, 0])):
+        tree = build_tree(samples.mean(0), groups)
+        choices = stability(tree, samples, resamples=3)
+        assert [choice is not None for choice in choices] == [bool(x) for x in judged]
+
+
+def test_a_clear_stage_is_decided_and_a_tie_is_not():
+    """A clear early stage stays decided although the stage after it is a tie."""
+    true = np.zeros((4, 4))
+    for pair in ((0, 1), (0, 2), (1, 2)):               # three equal tasks; which two merge first?
+        true[pair] = 0.5
+    samples = noisy(true, 60, seed=0)
+    tree = build_tree(samples.mean(0), (1, 2, 3, 4))
+    choices = stability(tree, samples)
+    assert tree[1] == [(0, 1, 2), (3,)]
+    assert choices[1] == (True, 1.0) and not choices[2].decided
+    lines = format_tree(tree, "abcd", choices).splitlines()
+    assert lines[1] == "stage 2   {a, b, c} {d}   decided (100.0 % of resamples agree)"
+    assert "   not decided (" in lines[2] and lines[3].endswith("}")
+
+
+def test_the_order_of_the_tasks_does_not_matter():
+    """The same examples are drawn, so the agreement is the same."""
+    samples = noisy(np.random.default_rng(0).uniform(0, 0.3, (4, 4)), 40, seed=1)
+    backwards = samples[:, ::-1, ::-1]
+    one, other = (stability(build_tree(x.mean(0), (1, 2, 3, 4)), x) for x in (samples, backwards))
+    assert one == other and 0 < one[1].agreement < 1
+
+
+def test_a_pair_that_a_resample_lacks_keeps_its_mean():
+    """Tasks 0 and 1 share few examples but are clearly alike: a resample without any still is."""
+    samples = np.full((500, 3, 3), 0.1)
+    samples[:, [0, 1], [1, 0]] = np.nan
+    samples[3:13, [0, 1], [1, 0]] = 0.5
+    tree = build_tree(np.nanmean(samples, 0), (1, 1, 2, 3))
+    assert tree[2] == [(0, 1), (2,)]
+    assert stability(tree, samples)[2] == (True, 1.0)
+    samples[4:13, [0, 1], [1, 0]] = np.nan              # 37 % of the resamples lack the pair now
+    assert stability(tree, samples)[2] == (False, 1.0)
+
+
+def test_few_examples_decide_nothing():
+    """With nine examples of a pair, all resamples may agree by chance."""
+    true = np.zeros((3, 3))
+    true[0, 1] = 1
+    samples = noisy(true, 30, seed=0, deviation=0.01)
+    tree = build_tree(samples.mean(0), (1, 1, 2, 3))
+    for count, decided in ((10, True), (9, False)):
+        samples[count:, [1, 2], [2, 1]] = np.nan
+        choice = stability(tree, samples)[2]
+        assert choice == (decided, 1.0)
+    assert str(choice) == "not decided (some pair of tasks has fewer than 10 examples)"
+
+
+def test_the_limit_is_99_5_percent():
+    """The limit itself counts as decided, and the words agree with the number next to them."""
+    true = np.zeros((3, 3))
+    true[0, 1] = 0.1
+    for seed, words in ((0, "decided (99.5 % of resamples agree)"),
+                        (8, "not decided (99.0 % of resamples agree)")):
+        samples = noisy(true, 20, seed)
+        tree = build_tree(samples.mean(0), (1, 1, 2, 3))
+        assert str(stability(tree, samples, resamples=200)[2]) == words
+
+
+def test_the_search_is_used_for_every_resample():
+    """So that more tasks than the exact search can handle are possible."""
+    calls = []
+
+    def search(sim, num_groups):
+        calls.append(num_groups)
+        return best_partition(sim, num_groups)
+    samples = noisy(np.zeros((4, 4)), 12, seed=0)
+    tree = build_tree(samples.mean(0), (1, 1, 2, 3))
+    assert stability(tree, samples, 7, search) == stability(tree, samples, resamples=7)
+    assert calls == [3] * 7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("groups", [(1, 2, 3, 4), (1, 3, 4, 5), (1, 2, 2, 5), (1, 1, 2, 3)])
+def test_equal_tasks_are_rarely_decided(groups):
+    """If all similarities are equal, at most 5 % of the trees have a decided stage."""
+    T, trees, wrong = groups[-1], 100, 0
+    for seed in range(trees):
+        samples = noisy(np.full((T, T), 0.2), 16, seed)
+        choices = stability(build_tree(samples.mean(0), groups), samples)
+        wrong += any(choice is not None and choice.decided for choice in choices)
+    assert wrong <= 0.05 * trees

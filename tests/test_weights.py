@@ -1,0 +1,166 @@
+"""weights.py: published layouts load completely or not at all; downloads from a local server."""
+
+import hashlib
+
+import pytest
+import torch
+from torchvision.models import Swin_T_Weights
+from torchvision.models.swin_transformer import SwinTransformer as TorchvisionSwin
+
+import weights
+from swin import build_swin
+from weights import load_weights
+
+SMALL = dict(embed_dim=16, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8))
+
+
+def small_swin():
+    return build_swin("tiny", **SMALL)
+
+
+@pytest.fixture(scope="module")
+def official():
+    """Weights in the layout of the official checkpoint, with its classifier and its tables."""
+    torch.manual_seed(0)
+    state = small_swin().state_dict()
+    for key in state:
+        state[key] = torch.randn_like(state[key])
+    state["norm.weight"] = torch.ones(128)
+    state["head.bias"] = torch.zeros(1000)
+    state["layers.0.blocks.1.attn_mask"] = torch.zeros(64, 49, 49)
+    state["layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(49, 49)
+    return state
+
+
+def loaded(source, name="tiny"):
+    model = small_swin()
+    load_weights(model, str(source), name)
+    return model.state_dict()
+
+
+def save(folder, state):
+    path = folder / "weights.pth"
+    torch.save(state, path)
+    return path
+
+
+def assert_same(state, official):
+    for key, value in state.items():
+        assert torch.equal(value, official[key]), key
+
+
+# --- layouts (test_swin.py loads torchvision's) ---------------------------------------------------
+@pytest.mark.parametrize("key", ["model", "state_dict", None])
+def test_official_layout(official, tmp_path, capsys, key):
+    """A file loads as it is, or wrapped in a dict, and says how many tensors it gave."""
+    path = save(tmp_path, {key: official, "epoch": 3} if key else official)
+    assert_same(loaded(path), official)
+    count = len(small_swin().state_dict())
+    assert f"backbone weights: {count} of {count} tensors loaded from {path}" in (
+        capsys.readouterr().out)
+
+
+def test_timm_layout(official, tmp_path):
+    """timm keeps the official names, but its stages begin with the patch merging."""
+    state = {}
+    for key, value in official.items():
+        for stage in (0, 1, 2):
+            if key.startswith(f"layers.{stage}.downsample"):
+                key = key.replace(f"layers.{stage}", f"layers.{stage + 1}")
+                break
+        state[key.replace("head.", "head.fc.")] = value
+    assert_same(loaded(save(tmp_path, state)), official)
+
+
+# --- errors ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name, value, message", [
+    ("layers.2.blocks.1.attn.qkv.bias", None, "1 missing: layers.2.blocks.1.attn.qkv.bias"),
+    ("features.1", torch.ones(1), "1 unexpected: features.1"),      # as a VGG names its weights
+    ("patch_embed.norm.weight", torch.ones(7),
+     r"1 misshapen: patch_embed.norm.weight \(7,\), expected \(16,\)")])
+def test_incomplete_weights_are_refused_by_name(official, tmp_path, name, value, message):
+    """If one tensor is missing, unexpected or misshapen, nothing is loaded."""
+    state = {**official, name: value}
+    if value is None:
+        del state[name]
+    model = small_swin()
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    path = save(tmp_path, state)
+    with pytest.raises(ValueError, match=f"weights.pth do not fit this backbone: {message}"):
+        load_weights(model, str(path))
+    assert_same(model.state_dict(), before)
+
+
+def test_a_damaged_file_is_refused(official, tmp_path):
+    """A single flipped bit is noticed by the checksums of the zip archive."""
+    path = save(tmp_path, official)
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    for content in (raw, b"no checkpoint"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="weights.pth is damaged or is not a PyTorch checkp"):
+            loaded(path)
+
+
+def test_weights_that_do_not_exist():
+    """The error says which sources and presets do."""
+    with pytest.raises(ValueError, match="no file none.pth; expected imagenet, torchvision, or"):
+        loaded("none.pth")
+    for source in ("imagenet", "torchvision"):
+        with pytest.raises(ValueError, match=f"no {source} weights exist for backbone 'mini'; "
+                                             "expected one of tiny, small, base"):
+            loaded(source, "mini")
+
+
+# --- downloads ------------------------------------------------------------------------------------
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty folder for torch's downloads."""
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    return tmp_path / "hub/checkpoints"
+
+
+def test_imagenet_is_downloaded_once(official, monkeypatch, server, cache):
+    """The second time the file comes from torch's cache; an error gives the address."""
+    folder, address = server
+    path = save(folder, {"model": official}).rename(folder / "swin_tiny.pth")
+    monkeypatch.setattr(weights, "OFFICIAL_URL", address + "/swin_{name}.pth")
+    assert_same(loaded("imagenet"), official)
+    path.unlink()
+    assert_same(loaded("imagenet"), official)
+    with pytest.raises(ValueError, match=f"cannot download {address}/swin_small.pth: .*404.*by h"):
+        loaded("imagenet", "small")
+
+
+def test_torchvisions_checksum_is_compared(monkeypatch, server, cache):
+    """It is part of the file's name. A file that does not fit it is not kept."""
+    folder, address = server
+    path = save(folder, TorchvisionSwin([4, 4], window_size=[7, 7], **SMALL).state_dict())
+    checksum = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+    path = path.rename(folder / "swin_t-00000000.pth")
+    monkeypatch.setattr(Swin_T_Weights, "url", f"{address}/swin_t-00000000.pth")
+    with pytest.raises(ValueError, match="swin_t-00000000.pth: invalid hash value"):
+        loaded("torchvision")
+    assert not list(cache.iterdir())
+    path.rename(folder / f"swin_t-{checksum}.pth")
+    monkeypatch.setattr(Swin_T_Weights, "url", f"{address}/swin_t-{checksum}.pth")
+    loaded("torchvision")
+
+
+@pytest.mark.parametrize("source, name, url", [
+    ("imagenet", "base", "https://github.com/SwinTransformer/storage/releases/download/v1.0.0/"
+                         "swin_base_patch4_window7_224.pth"),
+    ("torchvision", "tiny", "https://download.pytorch.org/models/swin_t-704ceda3.pth"),
+    ("torchvision", "small", "https://download.pytorch.org/models/swin_s-5e29d889.pth"),
+    ("torchvision", "base", "https://download.pytorch.org/models/swin_b-68c6b09e.pth")])
+def test_addresses(monkeypatch, source, name, url):
+    """Every preset asks for its own published file."""
+    asked = []
+
+    def fetch(url):
+        asked.append(url)
+        raise ValueError("no network in tests")
+    monkeypatch.setattr(weights, "fetch", fetch)
+    with pytest.raises(ValueError, match="no network"):
+        loaded(source, name)
+    assert asked == [url]

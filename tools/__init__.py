@@ -1,1 +1,0 @@
-"""Programs beside training and evaluation, each run as `python -m tools.NAME`."""

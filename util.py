@@ -1,0 +1,239 @@
+"""Helpers around a run: the device, progress lines, files on disk, and error messages.
+
+Nothing in this file knows about networks, tasks or data. Three rules hold for everything that a
+run leaves on disk:
+
+    1. A file is written under a temporary name and then renamed, so a crash keeps the old one.
+    2. A checkpoint that holds a number that is not finite is never written.
+    3. A checkpoint is read as tensors and plain data only (torch.load's `weights_only`), and it
+       only loads on top of the frozen backbone it was trained with (`fingerprint`).
+
+References: https://docs.pytorch.org/docs/stable/notes/serialization.html
+"""
+
+import hashlib
+import io
+import json
+import os
+import platform
+import sys
+import time
+import zipfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+VERSIONS = {
+    "python": platform.python_version(),
+    "torch": str(torch.__version__),
+    "torchvision": str(torchvision.__version__),
+}
+
+
+# --- the machine ----------------------------------------------------------------------------------
+def pick_device(name: str) -> torch.device:
+    """The device called `name` ("cpu", "cuda", "cuda:1", "mps"). ValueError if it is missing."""
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {name} cannot be used on this machine; expected cpu, or cuda "
+                         "on a machine with an NVIDIA GPU and its driver") from error
+    return device
+
+
+def amp_dtype(choice: str, device: torch.device) -> torch.dtype | None:
+    """The type that autocast computes in, or None for float32.
+
+    "auto" means bf16 on a GPU that supports it, fp16 on an older GPU, and float32 elsewhere.
+    """
+    if choice == "auto":
+        if device.type != "cuda":
+            choice = "off"
+        elif torch.cuda.is_bf16_supported():
+            choice = "bf16"
+        else:
+            choice = "fp16"
+    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[choice]
+
+
+# --- progress -------------------------------------------------------------------------------------
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    seconds = round(seconds)
+    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+
+
+def progress(items: Iterable, label: str, total: int | None = None) -> Iterator:
+    """Yield `items` one by one and print how many are done and how much time is left.
+
+    A terminal shows one line that is updated in place. Elsewhere, as in a log file, a line appears
+    every 15 seconds. Work that takes less than a second prints nothing.
+    total: the number of items, needed when `items` has no length.
+    """
+    total = len(items) if total is None else total
+    terminal = sys.stdout.isatty()
+    pause = 0.2 if terminal else 15           # seconds between two updates
+    start = shown = time.monotonic()
+    written = False
+    for done, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        due = now - shown >= pause and now - start >= 1
+        if due or (written and done == total):
+            shown, written = now, True
+            left = (now - start) / done * (total - done)
+            line = f"{label}: {done} of {total}, {clock(left)} left"
+            print(f"\r{line}   " if terminal else line, end="" if terminal else "\n", flush=True)
+    if written and terminal:
+        print()
+
+
+# --- errors ---------------------------------------------------------------------------------------
+@contextmanager
+def reading(path: str | Path, expected: str) -> Iterator[None]:
+    """Turn any error while reading a file into a one-line ValueError that names the file.
+
+    expected: what the file should be, for the message, as in "a checkpoint of train.py".
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"no file {path}; expected {expected}")
+    try:
+        yield
+    except Exception as error:      # readers do not document what a damaged file makes them raise
+        if type(error) is ValueError:
+            message = f"{path}: {error}"
+        else:
+            first_line = str(error).strip().partition("\n")[0]
+            message = (f"{path} is damaged, or is not {expected} "
+                       f"({type(error).__name__}: {first_line[:80]})")
+        raise ValueError(message) from error
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """End a program with one line on bad input (ValueError, OSError). A bug keeps its traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; if the run had begun to train, --resume continues it from "
+                         "the end of its last epoch") from None
+    except (ValueError, OSError) as error:
+        message = str(error) or repr(error)
+        # An error in a data worker arrives as text: a traceback, then the message.
+        message = message.rpartition(f"\n{type(error).__name__}: ")[2].strip()
+        raise SystemExit(f"error: {message}") from error
+
+
+# --- writing files --------------------------------------------------------------------------------
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file completely, or leave the one that was there. Raises ValueError."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ValueError(f"cannot write {path}: {error.strerror}") from error
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Strict JSON: a number that is not finite becomes null."""
+    finite = json.loads(json.dumps(value), parse_constant=lambda _: None)
+    return json.dumps(finite, indent=indent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_whole(path, to_json(value, indent=1).encode())
+
+
+def all_finite(value: Any) -> bool:
+    """Whether every tensor in nested dicts holds finite numbers only."""
+    if isinstance(value, dict):
+        return all(all_finite(v) for v in value.values())
+    return not isinstance(value, Tensor) or bool(value.isfinite().all())
+
+
+def save(path: Path, state: dict) -> None:
+    """Write a checkpoint. Raises ValueError if a tensor in it is not finite."""
+    if not all_finite(state):
+        raise ValueError(f"{path} was not written: the weights are not finite after step "
+                         f"{state['step']}. The files on disk are from before that. Try a lower "
+                         "--lr, or --amp off")
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_whole(path, buffer.getvalue())
+
+
+# --- checkpoints ----------------------------------------------------------------------------------
+def read_checkpoint(path: Path) -> dict:
+    """Read a checkpoint that `save` wrote. Raises ValueError if it is damaged or something else."""
+    with reading(path, "a checkpoint of train.py"):
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():   # torch.load does not compare the checksums
+                raise ValueError("is damaged: a checksum does not match")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        missing = {"model", "config", "tree", "fingerprint", "step"} - state.keys()
+        if missing:
+            raise ValueError(f"is not a checkpoint of train.py: it lacks {', '.join(missing)}")
+    return state
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """Everything that training changes: trained parameters and BatchNorm's running statistics."""
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    return {name: value for name, value in model.state_dict().items() if name not in frozen}
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of the frozen weights, which a checkpoint does not hold."""
+    digest = hashlib.sha256()
+    for name, p in sorted(model.named_parameters()):
+        if not p.requires_grad:
+            digest.update(name.encode())
+            digest.update(p.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def load_trained(model: nn.Module, state: dict, path: Path) -> None:
+    """Load a checkpoint's trained weights into a model that was built from the same settings.
+
+    Raises ValueError if the frozen backbone is another one, or if the weights do not fit.
+    """
+    ours = fingerprint(model)
+    if state["fingerprint"] != ours:
+        raise ValueError(f"{path} was trained on a different backbone: its fingerprint is "
+                         f"{state['fingerprint']}, this one's is {ours}. The run used --weights "
+                         f"{state['config'].get('weights')}")
+    expected, saved = trained_state(model), state["model"]
+    wrong = sorted(expected.keys() ^ saved.keys())
+    for name in expected.keys() & saved.keys():
+        if expected[name].shape != saved[name].shape:
+            wrong.append(name)
+    if wrong:
+        raise ValueError(f"{path} does not fit the network that its own settings describe: "
+                         f"{len(wrong)} weights are missing, unknown or of another shape: "
+                         f"{', '.join(wrong[:4])}")
+    model.load_state_dict(saved, strict=False)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, path: Path) -> None:
+    """Load AdamW's state. Raises ValueError if a moment has another shape than its parameter.
+
+    AdamW does not check: with smaller moments its fused step would write past their end.
+    """
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, moments in saved["state"].items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            if moments[name].shape != params[i].shape:
+                raise ValueError(f"{path}: the optimizer's {name} number {i} has another shape "
+                                 "than its parameter")
+    optimizer.load_state_dict(saved)

@@ -1,1 +1,0 @@
-"""What every run needs beside its concepts: the progress line and its kin."""

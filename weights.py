@@ -1,0 +1,163 @@
+"""Published weights for a backbone: every tensor is loaded, or none is and an error says why.
+
+Half-loaded weights are the most common cause of failed reproductions. A tensor that is missing or
+left over is therefore always an error. Weights of Swin Transformers come in three layouts:
+Microsoft's official one, which swin.py follows, torchvision's and timm's. The last two are renamed.
+
+    load_weights(backbone, "imagenet", "tiny")      # Microsoft's file, downloaded once
+    load_weights(backbone, "torchvision", "tiny")   # torchvision's, likewise
+    load_weights(backbone, "my_weights.pth")        # a file in any of the three layouts
+
+References: https://github.com/microsoft/Swin-Transformer;
+https://github.com/huggingface/pytorch-image-models (timm).
+"""
+
+import re
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import get_weight
+
+# Both were trained on ImageNet-1k with images of 224x224 pixels.
+OFFICIAL_URL = ("https://github.com/SwinTransformer/storage/releases/download/v1.0.0/"
+                "swin_{name}_patch4_window7_224.pth")
+TORCHVISION_NAME = {"tiny": "Swin_T_Weights", "small": "Swin_S_Weights", "base": "Swin_B_Weights"}
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+def load_weights(backbone: nn.Module, source: str, name: str = "tiny") -> None:
+    """Load published weights into a Swin Transformer, completely or not at all.
+
+    source: "imagenet" (Microsoft's file), "torchvision" (IMAGENET1K_V1), or the path of a file in
+    the official, torchvision or timm layout; of a file in assets/ the name is enough. name: the
+    preset to download. Raises ValueError if weights cannot be downloaded, read or matched.
+    """
+    if source in ("imagenet", "torchvision"):
+        if name not in TORCHVISION_NAME:
+            raise ValueError(f"weights: no {source} weights exist for backbone {name!r}; expected "
+                             f"one of {', '.join(TORCHVISION_NAME)}, or the path of a file")
+        if source == "imagenet":
+            url = OFFICIAL_URL.format(name=name)
+        else:
+            url = get_weight(f"{TORCHVISION_NAME[name]}.IMAGENET1K_V1").url
+        path = fetch(url)
+    else:
+        path = find_file(source)
+    state = official_names(read_file(path))
+    load_all(backbone, state, path)
+
+
+def fetch(url: str) -> Path:
+    """Download a file into torch's cache, unless it is there already. Returns its path."""
+    path = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
+    if path.is_file():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # torchvision puts the first digits of the SHA-256 into the name: swin_t-704ceda3.pth.
+    match = re.search(r"-([0-9a-f]{8})\.", path.name)
+    checksum = match[1] if match else None
+    try:
+        torch.hub.download_url_to_file(url, str(path), checksum)
+    except (OSError, RuntimeError) as error:    # no connection, or a wrong checksum
+        raise ValueError(f"weights: cannot download {url}: {error}; download it by hand and give "
+                         "the path of the file instead") from error
+    return path
+
+
+def find_file(source: str) -> Path:
+    """The path of a file of weights, which may be a bare file name in assets/."""
+    for path in (Path(source), ASSETS / source):
+        if path.is_file():
+            return path
+    raise ValueError(f"weights: no file {source}; expected imagenet, torchvision, or the path of "
+                     "a checkpoint")
+
+
+def read_file(path: Path) -> dict[str, Tensor]:
+    """All tensors of a PyTorch checkpoint, by name; they may be wrapped as {"model": ...}."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()     # torch.load does not compare the checksums
+            if damaged:
+                raise ValueError(f"wrong checksum of {damaged}")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load documents no exceptions for a damaged file
+        raise ValueError(f"weights: {path} is damaged or is not a PyTorch checkpoint "
+                         f"({type(error).__name__}); delete a broken download first") from error
+    for key in ("model", "state_dict"):
+        if key in content:
+            content = content[key]
+    tensors = {}
+    for key, value in content.items():
+        if isinstance(value, Tensor):
+            tensors[str(key)] = value
+    return tensors
+
+
+def official_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the weights of a Swin Transformer from torchvision's or timm's layout.
+
+    Drops the classifier and its norm, and tables that the network computes itself.
+    """
+    renamed = {}
+    merging_first = not any(key.startswith("layers.0.downsample.") for key in state)
+    for key, value in state.items():
+        if key.startswith(("norm.", "head.")):
+            continue
+        if key.endswith(("relative_position_index", "attn_mask")):
+            continue
+        if key.startswith("features."):
+            key = from_torchvision(key)
+        elif merging_first:
+            key = from_timm(key)
+        renamed[key] = value
+    return renamed
+
+
+def from_torchvision(key: str) -> str:
+    """torchvision numbers patch embedding (0), stages (1, 3, 5, 7) and mergings (2, 4, 6)."""
+    key = key.replace("features.0.0.", "patch_embed.proj.")
+    key = key.replace("features.0.2.", "patch_embed.norm.")
+    for stage in range(4):
+        key = key.replace(f"features.{2 * stage + 1}.", f"layers.{stage}.blocks.")
+        key = key.replace(f"features.{2 * stage + 2}.", f"layers.{stage}.downsample.")
+    key = key.replace("mlp.0.", "mlp.fc1.")
+    key = key.replace("mlp.3.", "mlp.fc2.")
+    return key
+
+
+def from_timm(key: str) -> str:
+    """Recent versions of timm merge patches at the start of a stage, not at the end of the last."""
+    for stage in range(3):
+        key = key.replace(f"layers.{stage + 1}.downsample.", f"layers.{stage}.downsample.")
+    return key
+
+
+def load_all(backbone: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
+    """Load `state` into `backbone` if names and shapes are exactly those of its own weights.
+
+    Otherwise raises ValueError, which lists the tensors that are missing, unexpected or of another
+    shape, and changes nothing. source: a file's name, for messages.
+    """
+    own = backbone.state_dict()
+    missing = [key for key in own if key not in state]
+    unexpected = [key for key in state if key not in own]
+    misshapen = []
+    for key in own:
+        if key in state and state[key].shape != own[key].shape:
+            shape, expected = tuple(state[key].shape), tuple(own[key].shape)
+            misshapen.append(f"{key} {shape}, expected {expected}")
+    problems = []
+    for problem, names in (("missing", missing), ("unexpected", unexpected),
+                           ("misshapen", misshapen)):
+        if names:
+            more = " ..." if len(names) > 8 else ""
+            problems.append(f"{len(names)} {problem}: {', '.join(names[:8])}{more}")
+    if problems:
+        raise ValueError(f"weights {source} do not fit this backbone: {'; '.join(problems)}")
+    backbone.load_state_dict(state)
+    print(f"backbone weights: {len(state)} of {len(own)} tensors loaded from {source}")
