@@ -1,0 +1,94 @@
+"""The exercises of docs/LEARN.md: our solutions pass, and yours are checked as soon as they exist.
+"""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from grouping import check_tree
+from learn import exercises, solutions
+from rooms import render_room
+from similarity import gradient_similarity
+from tglora import TGLoRALinear
+
+
+@pytest.fixture(params=["yours", "ours"])
+def answers(request):
+    """The module to check; an exercise that is not done yet is skipped."""
+    module = {"yours": exercises, "ours": solutions}[request.param]
+
+    class Answers:
+        def __getattr__(self, name):
+            def call(*args):
+                try:
+                    return getattr(module, name)(*args)
+                except NotImplementedError:
+                    pytest.skip(f"learn/exercises.py: {name} is not done yet")
+            return call
+    return Answers()
+
+
+def test_1_elementwise_similarity(answers):
+    """It is the option `elementwise` of similarity.py, and it ignores sizes."""
+    torch.manual_seed(0)
+    g, g_other = torch.randn(1000), torch.randn(1000)
+    value = answers.elementwise_similarity(g, g_other)
+    torch.testing.assert_close(value, gradient_similarity(g, g_other, "elementwise"))
+    assert abs(value - gradient_similarity(g, g_other)) > 1e-3
+
+
+def test_2_merged_weight(answers):
+    """One plain linear layer with this weight gives what the adapted layer gives to its group."""
+    torch.manual_seed(0)
+    layer = TGLoRALinear(nn.Linear(6, 5), (2, 3), dropout=0.0)
+    for B in layer.lora_B:
+        nn.init.normal_(B)
+    x = torch.randn(2 * 4, 6)
+    for g in range(2):
+        weight = answers.merged_weight(layer, g)
+        y = nn.functional.linear(x[4 * g:4 * g + 4], weight, layer.bias)
+        torch.testing.assert_close(y, layer(x)[4 * g:4 * g + 4])
+
+
+def test_3_algorithm_1_from_zero(answers):
+    """The same groups if similarities are positive, and nothing if all are negative."""
+    sim = np.array([[1, .5, .1], [.5, 1, .2], [.1, .2, 1]])
+    singles = [(0,), (1,), (2,)]
+    assert answers.algorithm_1_from_zero(singles, sim, 2) == [(0, 1), (2,)]
+    assert answers.algorithm_1_from_zero(singles, -sim, 2) is None
+
+
+def test_4_extreme_trees(answers):
+    """Four stages with one group each, and four stages with one group per task."""
+    shared, separate = answers.extreme_trees(5)
+    for tree, groups in ((shared, 1), (separate, 5)):
+        check_tree(tree, 5)
+        assert [len(partition) for partition in tree] == [groups] * 4
+
+
+def test_5_person_task(answers):
+    """Its label agrees with the person in the class map, and its loss can be computed."""
+    task, label_of = answers.person_task()
+    for i in range(6):
+        sample = render_room((0, 0, i), 32, 32)
+        label = label_of(sample)
+        assert torch.equal(label == 1, sample["semseg"] == 6) and label.max() <= 1
+    assert task.name == "person" and task.outputs == 2 and task.kind == "classes"
+    assert task.loss(torch.zeros(1, 2, 32, 32), label[None].long()).item() > 0
+
+
+def test_6_adapter_for_convolutions(answers):
+    """It starts as the frozen convolution; a group's adapter acts on its own images only."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+    layer = answers.TGLoRAConv2d(conv, (2, 4))
+    x = torch.randn(2 * 2, 3, 9, 9)
+    torch.testing.assert_close(layer(x), conv(x))
+    trained = [p for p in layer.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in trained) == (2 + 4) * (3 * 9 + 8)
+    for p in trained:
+        if p.shape[2:] == (1, 1) and p.shape[1] == 4:       # B of the second group
+            nn.init.normal_(p)
+    difference = (layer(x) - conv(x)).abs().amax((1, 2, 3))
+    assert difference[:2].max() == 0 and difference[2:].min() > 0
