@@ -71,7 +71,9 @@ def known_tree(config: argparse.Namespace) -> list[Partition] | None:
     """
     T = len(config.tasks)
     if config.tree:
-        return read_tree(config.tree, config.tasks)
+        tree = read_tree(config.tree, config.tasks)
+        config.groups = tuple(len(partition) for partition in tree)
+        return tree
     tree = build_tree(torch.zeros(T, T).numpy(), config.groups)
     for partition, rank in zip(tree, stage_ranks(config)):
         split_rank(rank, [len(group) for group in partition])
@@ -247,9 +249,10 @@ class LossLog:
         self.counts = torch.zeros_like(self.sums)
 
     def add(self, losses: Tensor, labels: dict[str, Tensor]) -> None:
-        """Add a step's losses (T,), except those of tasks that the batch has no labels for."""
+        """Add a step's losses (T,). Without labels a task's loss is 0, and its step does not count.
+        """
         labelled = torch.stack([task.valid(labels[task.name]).any() for task in self.tasks])
-        self.sums += torch.where(labelled, losses, 0)
+        self.sums += losses
         self.counts += labelled
 
     def report(self, step: int, num_steps: int) -> dict[str, float | None]:
@@ -305,6 +308,37 @@ def start_processes(device: torch.device) -> tuple[int, int, torch.device]:
     return rank, world, device
 
 
+def state_to_continue(config: argparse.Namespace, out: Path) -> dict | None:
+    """The content of last.pt with --resume; None for a new run, whose folder must not exist.
+
+    Raises ValueError if there is nothing to continue, or something that would be overwritten.
+    """
+    path = out / "last.pt"
+    if not config.resume:
+        if out.exists():
+            hint = " continue the run in it with --resume, or" if path.exists() else ""
+            raise ValueError(f"{out} exists already, and nothing is overwritten:{hint} choose "
+                             "another --out")
+        return None
+    last = read_checkpoint(path)
+    if "optimizer" not in last:
+        raise ValueError(f"{path} holds no optimizer, so it cannot be continued; is it a copy of "
+                         "best.pt?")
+    if last["best"]:
+        read_checkpoint(out / "best.pt")        # fail now if it is gone, not after the last epoch
+    return last
+
+
+def open_splits(config: argparse.Namespace, rank: int, world: int) -> tuple:
+    """The training and the validation set. The first process unpacks them, the others wait."""
+    if rank > 0:
+        dist.barrier()
+    splits = open_dataset(config, "train"), open_dataset(config, "val")
+    if world > 1 and rank == 0:
+        dist.barrier()
+    return splits
+
+
 def open_log(path: Path, step: int):
     """log.jsonl, ready to append to, without the lines that are later than `step`."""
     kept = ""
@@ -329,26 +363,12 @@ def run(config: argparse.Namespace) -> dict:
     tasks = make_tasks(config.tasks, CLASSES.get(config.dataset))
     baseline = read_baseline(config) if config.baseline else None
     tree = known_tree(config)                   # None: the similarity will decide
-    out, last = Path(config.out), None
-    if config.resume:
-        last = read_checkpoint(out / "last.pt")
-        if "optimizer" not in last:
-            raise ValueError(f"{out / 'last.pt'} holds no optimizer, so it cannot be continued; is it "
-                             "a copy of best.pt?")
-        if last["best"]:
-            read_checkpoint(out / "best.pt")    # fail now if it is gone, not after the last epoch
-    elif out.exists():
-        continuing = " continue the run in it with --resume, or" if (out / "last.pt").exists() else ""
-        raise ValueError(f"{out} exists already, and nothing is overwritten:{continuing} choose "
-                         "another --out")
+    out = Path(config.out)
+    last = state_to_continue(config, out)       # None: a new run
     print(describe(config))
 
-    # --- data: the first process unpacks it, the others wait ---
-    if rank > 0:
-        dist.barrier()
-    train_set, val_set = open_dataset(config, "train"), open_dataset(config, "val")
-    if world > 1 and leads:
-        dist.barrier()
+    # --- data ---
+    train_set, val_set = open_splits(config, rank, world)
     batches = epoch_batches(len(train_set), config.batch_size, config.epochs, config.seed)
     num_steps, steps_per_epoch = len(batches), len(batches) // config.epochs
     batch_size = len(batches[0])                # less than asked for if there are fewer images

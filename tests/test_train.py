@@ -136,6 +136,7 @@ def test_a_given_tree_replaces_the_similarity_and_gives_the_same_run(whole, tmp_
     run("--out", tmp_path / "again", "--tree", out / "tree.json")
     assert "similarity:" not in capsys.readouterr().out
     assert json.loads((tmp_path / "again/tree.json").read_text())["similarity"] is None
+    assert read(tmp_path / "again/last.pt")["config"]["groups"] == (1, 1, 2, 3)
     assert equal(read(out / "last.pt")["model"], read(tmp_path / "again/last.pt")["model"])
 
 
@@ -161,6 +162,14 @@ def test_best_epoch_is_chosen_by_delta_m_if_there_is_a_baseline(whole, tmp_path,
         path = ROOT / f"baselines/{dataset}.json"
         message = refused("--out", tmp_path / "other", "--baseline", path)
         assert f"is a run on {dataset}, not on rooms" in message
+
+
+def test_the_best_epoch_is_kept_when_later_ones_are_worse(whole, tmp_path, monkeypatch):
+    """best.pt and the results are those of the first epoch if its score is higher."""
+    monkeypatch.setattr(train, "validation_score", lambda result: -result["epoch"])
+    metrics = run("--out", tmp_path / "run", "--tree", whole[0] / "tree.json")
+    assert metrics["epoch"] == 1 and metrics["last"]["epoch"] == 2
+    assert read(tmp_path / "run/best.pt")["step"] == 2
 
 
 @pytest.mark.parametrize("delta_m, loss, score", [
