@@ -1,14 +1,15 @@
-"""TGLoRA on one page, in plain PyTorch. Read this file before any other.
+"""TGLoRA (Task-Grouped LoRA) in one file, in plain PyTorch. Read it before any other.
 
     python lesson.py            # prints what each cell finds, in less than a minute
 
-The cells begin with `# %%`, so editors such as VS Code can run them one by one, as a notebook.
-Nothing here comes from tglora.py, similarity.py, grouping.py, model.py or train.py: this page says
-the same things once more, in the simplest way, and the tests check that both give the same numbers.
+The cells begin with `# %%`, so editors such as VS Code can run them from top to bottom, as a
+notebook. Nothing here comes from tglora.py, similarity.py, grouping.py, model.py or train.py. This
+file writes the method out as simply as possible, and tests check that the program gives the same
+numbers.
 
-The method: a backbone that was trained on something else is frozen. Several tasks share it. Each of
-its linear layers gets small trainable matrices, the adapters. In the first stage all tasks share
-the adapters; from stage to stage they split into groups of similar tasks.
+The method: several tasks share one pretrained backbone, which is frozen. The linear layers of its
+blocks get small trainable matrices, the adapters. In the first stage all tasks share the adapters;
+from stage to stage the tasks split into groups of similar tasks, and each group has its own.
 
 Paper: arXiv 2509.19602; eq. 1 to 8 and Algorithm 1 are numbered as there.
 """
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rooms import render_room
+import rooms
 from swin import build_swin
 
 # Double precision: two ways of computing the same number then agree to many digits.
@@ -31,19 +32,20 @@ torch.manual_seed(0)
 
 TASKS = ["semseg", "edge", "depth", "normals"]
 OUTPUTS = {"semseg": 7, "edge": 1, "depth": 1, "normals": 3}    # numbers predicted per pixel
-WEIGHT = {"semseg": 1, "edge": 50, "depth": 1, "normals": 10}   # of each task's loss in eq. 8
+WEIGHT = {"semseg": 1, "edge": 50, "depth": 1, "normals": 10}   # weight of each loss (eq. 8)
 SIZE = 64                                                       # height and width of our pictures
 
 # %% 1. A room and its labels
 # rooms.py renders a small room with boxes, spheres and cylinders. Because we render it, we know the
-# ground truth of every pixel: its class, whether it is an edge, its depth, its surface's direction.
+# ground truth of every pixel: its class, whether it is an edge, its depth, its surface normal.
 
 
 def load_rooms(first, count):
     """Images (count, 3, H, W), and one label tensor per task."""
-    samples = [render_room((0, 0, i), SIZE, SIZE) for i in range(first, first + count)]
+    # A room is drawn from random numbers; (0, 0, i) is the seed of room i.
+    samples = [rooms.render_room((0, 0, i), SIZE, SIZE) for i in range(first, first + count)]
     image = torch.stack([sample["image"] for sample in samples]) / 255
-    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)    # ImageNet's, as the backbone saw
+    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)    # the usual normalisation
     std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     labels = {}
     for task in TASKS:
@@ -61,11 +63,12 @@ for task in TASKS:
 
 # %% 2. The frozen backbone
 # A small Swin Transformer. It turns the image into patches of 4x4 pixels, and processes them in
-# four stages. Three times it merges 2x2 neighbours, so maps get smaller and have more channels.
-# It was trained on other rooms. We never change its weights.
+# four stages. Each of the first three ends by merging 2x2 neighbours, so the maps shrink and gain
+# channels; the maps below come after the merging. It was trained to tell the classes in other
+# rooms. We never change its weights.
 
 backbone = build_swin("mini")
-weights = torch.load(Path(__file__).parent / "assets/rooms_mini.pth", weights_only=True)
+weights = torch.load(Path(rooms.__file__).parent / "assets/rooms_mini.pth", weights_only=True)
 backbone.load_state_dict(weights)
 backbone.to(torch.get_default_dtype()).eval().requires_grad_(False)
 
@@ -111,7 +114,8 @@ def loss_of(task, pred, label):
 
 decoders = nn.ModuleDict({task: Decoder(OUTPUTS[task]) for task in TASKS})
 
-# Through random decoders, gradients say little. So the decoders are trained first (section 4.4).
+# Gradients that reach the backbone through an untrained decoder are mostly noise. So the decoders
+# are trained first (section 4.4).
 # The backbone is frozen, so its maps never change, and we compute them once.
 maps = backbone(image)
 optimizer = torch.optim.AdamW(decoders.parameters(), lr=5e-3)
@@ -126,16 +130,17 @@ print()
 
 # %% 4. How similar are two tasks? (eq. 1 to 3)
 # Take one image and one task, and ask: in which direction would this task change the backbone's
-# weights? That is the gradient of its loss. If two tasks want to change the weights in the same
+# weights? Against the gradient of its loss. If two tasks would change the weights in the same
 # direction, sharing weights is good for both. So we measure the angle between their gradients.
 
-decoders.eval()                                 # BatchNorm: no mixing of images
+decoders.eval()                                 # BatchNorm uses its running statistics
 backbone.requires_grad_(True)                   # only to get gradients; nothing is updated
 backbone_weights = list(backbone.parameters())
 
 
 def gradient(task, i):
-    """The gradient of a task's loss on image i with respect to all backbone weights, as (P,)."""
+    """The gradient of a task's loss on image i with respect to all backbone weights, flattened
+    to one vector of P numbers."""
     pred = decoders[task](backbone(image[i:i + 1]))
     loss = loss_of(task, pred, labels[task][i:i + 1])
     parts = torch.autograd.grad(loss, backbone_weights)
@@ -143,7 +148,8 @@ def gradient(task, i):
 
 
 def cosine(g, g_other):
-    """Eq. 2. The paper divides both gradients by ||g|| + ||g'|| first: a cosine does not notice."""
+    """Eq. 2. The paper divides both gradients by ||g|| + ||g'|| first. Dividing by a positive
+    number does not change a cosine."""
     scale = g.norm() + g_other.norm()
     g, g_other = g / scale, g_other / scale
     return (g @ g_other) / (g.norm() * g_other.norm())
@@ -174,7 +180,8 @@ def score(partition):
         for t in group:
             others = [u for u in group if u != t]
             if others:                          # a task that is alone scores 0
-                total += sum(similarity[t, u] for u in others) / len(others)
+                affinity = sum(similarity[t, u] for u in others) / len(others)      # eq. 5
+                total += affinity                                                   # eq. 6
     return float(total)
 
 
@@ -194,14 +201,17 @@ def show(partition):
     return " ".join("{" + ", ".join(TASKS[t] for t in group) + "}" for group in partition)
 
 
+# If the last stage has fewer groups than tasks, its partition is the best of all. For example:
 print("\n5. All partitions of the tasks into two groups, best first:")
 two_groups = [p for p in partitions(tuple(range(T))) if len(p) == 2]
 for partition in sorted(two_groups, key=score, reverse=True):
     print(f"   {score(partition):6.3f}  {show(partition)}")
 
-# The tree has 1, 2, 3 and 4 groups in its four stages (section 4.4). It is built from the end: in
-# the last stage every task is alone. Algorithm 1 then merges the two groups whose union scores
-# best. Tasks that are together in a stage are therefore together in every earlier stage.
+# Our tree has 1, 2, 3 and 4 groups in its four stages (section 4.4). It is built from the end: in
+# the last stage every task is alone. Algorithm 1 then merges two groups at a time: it takes the pair
+# that gives the partition with the highest score. Tasks that are together in a stage are therefore
+# together in every earlier stage. (As printed, Algorithm 1 only accepts scores above 0, so it would
+# find nothing if all similarities were negative. `max` has no such limit.)
 partition = [(t,) for t in range(T)]
 tree = [partition]
 while len(partition) > 1:
@@ -218,14 +228,14 @@ for stage, partition in enumerate(tree):
 
 # %% 6. The adapter (eq. 4)
 # A linear layer computes y = W x + b. We leave W and b as they are and add a product of two thin
-# matrices: y = W x + b + gamma B (A x). A maps to r numbers, B maps back. B starts at zero, so at
-# first the adapted layer does what the frozen one did.
+# matrices: y = W x + b + gamma B (A x). A maps the input to r numbers, B maps them to the output
+# size. B starts at zero, so at first the adapted layer does what the frozen one did.
 
-GAMMA, RANK = 4, 12                             # gamma is constant; RANK is shared by the groups
+GAMMA, RANK = 4, 12                             # RANK is divided among the groups of a stage
 
 
 class AdaptedLinear(nn.Module):
-    """A frozen linear layer with one adapter per group; `group` says whose turn it is."""
+    """A frozen linear layer with one adapter per group; `group` selects the active one."""
 
     def __init__(self, linear, ranks):
         super().__init__()
@@ -249,11 +259,11 @@ print(f"\n6. One linear layer: W is {tuple(linear.weight.shape)} and frozen, "
 print("   before training, the adapter changes the output by",
       (adapted(x) - linear(x)).abs().max().item())
 nn.init.ones_(adapted.B[0])
-print(f"   with B = 1, it changes it by {(adapted(x) - linear(x)).abs().max().item():.2f}")
+print(f"   with B all ones, it changes it by {(adapted(x) - linear(x)).abs().max().item():.2f}")
 
 # %% 7. One task walks through its own path of the tree
-# Each of the four linear layers of every block gets an adapter per group of its stage. The groups
-# of a stage share its combined rank in proportion to their number of tasks (section 4.3).
+# Each of the four linear layers of every block gets one adapter for each group of its stage. The
+# groups divide the combined rank in proportion to their number of tasks (section 4.3).
 
 for stage, partition in zip(backbone.layers, tree):
     ranks = [RANK * len(group) // T for group in partition]
@@ -288,7 +298,7 @@ walk("normals", image[:4], verbose=True)
 # The total loss is the weighted sum of the tasks' losses. Adapters and decoders are trained.
 
 decoders.train()
-trained = [p for name, p in backbone.named_parameters() if ".A." in name or ".B." in name]
+trained = [p for p in backbone.parameters() if p.requires_grad]    # the adapters: all else is frozen
 trained += list(decoders.parameters())
 optimizer = torch.optim.AdamW(trained, lr=2e-3, weight_decay=0)
 
@@ -304,13 +314,15 @@ for step in range(10):
               + "  ".join(f"{t} {losses[t].item():.3f}" for t in TASKS))
 
 # %% 9. The trick of tglora.py: groups are folded into the batch
-# Walking four times through the backbone is wasteful: W x is computed for one task at a time. But W
-# is the same for all groups. So we put the groups of a stage one after another into one batch of
-# G * B images. Norms, attention and W x never notice. Only the adapters take the batch apart.
+# Running the backbone once per task is wasteful: tasks that share a group repeat the same work, and
+# every layer is called four times on a small batch. But W is the same for all groups. So each stage
+# runs once, on one batch of G * B images that holds its groups one after another. Here that makes
+# 1 + 2 + 3 + 4 = 10 runs of a group instead of 4 * 4 = 16, in four large calls. Norms, attention and
+# W x work unchanged. Inside a stage, only the adapters take the batch apart.
 
 
 def folded_forward(self, x):
-    """Eq. 4 for all groups at once: x is (G * B, ...), group after group."""
+    """Eq. 4 for all groups at once. The first dimension of x holds the groups one after another."""
     y = self.linear(x)                                          # W x for all groups
     parts = x.chunk(len(self.A))                                # x_g: the part of each group
     low_rank = [GAMMA * (x_g @ A.T) @ B.T for x_g, A, B in zip(parts, self.A, self.B)]
@@ -320,17 +332,17 @@ def folded_forward(self, x):
 def predict_folded(image):
     """The predictions of all tasks, from one walk of all groups together."""
     B = len(image)
-    x = backbone.patch_embed(image)                             # one group: everybody
+    x = backbone.patch_embed(image)                             # one group with all tasks
     before, maps = [tuple(range(T))], {task: [] for task in TASKS}
     print("   image", tuple(image.shape))
     for i, (stage, partition) in enumerate(zip(backbone.layers, tree)):
         parts = x.split(B)                                      # the groups of the stage before
         branches = []
         for group in partition:                                 # each group continues its parent
-            parent = [g for g, larger in enumerate(before) if set(group) <= set(larger)][0]
+            parent = next(g for g, larger in enumerate(before) if set(group) <= set(larger))
             branches.append(parts[parent])
         x = stage(torch.cat(branches))                          # (G * B, h, w, c)
-        print(f"   stage {i + 1}: {len(partition)} groups x {B} images -> {tuple(x.shape)}")
+        print(f"   stage {i + 1}: {len(partition)} x {B} images -> {tuple(x.shape)}")
         for group, part in zip(partition, x.split(B)):
             for t in group:
                 maps[TASKS[t]].append(part)
@@ -341,7 +353,7 @@ def predict_folded(image):
 decoders.eval()
 with torch.no_grad():
     one_by_one = {task: walk(task, image[:4]) for task in TASKS}
-    AdaptedLinear.forward = folded_forward
+    AdaptedLinear.forward = folded_forward      # from here on, every adapted layer folds
     print("\n9. All tasks in one folded batch:")
     together = predict_folded(image[:4])
 for task in TASKS:

@@ -26,7 +26,7 @@ SOURCE = (Path(__file__).parent.parent / "lesson.py").read_text()
 def lesson():
     """Everything the lesson defines, and its networks after cell 3, before and after training."""
     title, *cells = SOURCE.split("# %% ")
-    names = {"__file__": str(Path(__file__).parent.parent / "lesson.py"), "__name__": "lesson"}
+    names = {"__name__": "lesson"}
     copies = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)
