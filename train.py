@@ -29,6 +29,7 @@ from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -60,8 +61,8 @@ def describe(config: argparse.Namespace) -> str:
         adapters = f"; groups {groups}, rank {config.rank}, {config.layers}"
     return (f"{config.method} on {config.dataset}: {', '.join(config.tasks)}{adapters}\n"
             f"backbone {config.backbone}, weights {config.weights}, images of {height}x{width}\n"
-            f"seed {config.seed}, {config.epochs} epochs, batches of {config.batch_size}, learning rate {config.lr:g}, "
-            f"on {config.device}, to {config.out}")
+            f"seed {config.seed}, {config.epochs} epochs, batches of {config.batch_size}, "
+            f"learning rate {config.lr:g}, on {config.device}, to {config.out}")
 
 
 def known_tree(config: argparse.Namespace) -> list[Partition] | None:
@@ -74,24 +75,33 @@ def known_tree(config: argparse.Namespace) -> list[Partition] | None:
         tree = read_tree(config.tree, config.tasks)
         config.groups = tuple(len(partition) for partition in tree)
         return tree
-    tree = build_tree(torch.zeros(T, T).numpy(), config.groups)
+    tree = build_tree(np.zeros((T, T)), config.groups)
     for partition, rank in zip(tree, stage_ranks(config)):
         split_rank(rank, [len(group) for group in partition])
     return tree if set(config.groups) <= {1, T} else None
 
 
+def as_numbers(results: dict) -> dict[str, dict[str, float]]:
+    """{task: {metric: float}} from JSON, where null stands for "not a number"."""
+    numbers = {}
+    for task, metrics in results.items():
+        numbers[task] = {}
+        for metric, value in metrics.items():
+            numbers[task][metric] = math.nan if value is None else float(value)
+    return numbers
+
+
 def read_results(path: Path) -> dict:
-    """A metrics.json of a run; null, which stands for no number, becomes NaN."""
+    """The content of a metrics.json. Raises ValueError if it is damaged or something else."""
     with reading(path, "a metrics.json of a run"):
         run = json.loads(path.read_text("utf-8-sig"))
-        for part in (run, run.get("last") or {"results": {}}):
-            for metrics in part["results"].values():
-                for name, value in metrics.items():
-                    metrics[name] = math.nan if value is None else float(value)
+        run["results"] = as_numbers(run["results"])
+        if "last" in run:
+            run["last"]["results"] = as_numbers(run["last"]["results"])
     return run
 
 
-def read_baseline(config: argparse.Namespace) -> dict:
+def read_baseline(config: argparse.Namespace, tasks: Sequence) -> dict:
     """{task: {metric: value}} from the files of --baseline, one for all tasks or one per task."""
     baseline = {}
     for path in config.baseline:
@@ -100,7 +110,6 @@ def read_baseline(config: argparse.Namespace) -> dict:
             raise ValueError(f"--baseline {path} is a run on {run['dataset']}, not on "
                              f"{config.dataset}")
         baseline |= run["results"]
-    tasks = make_tasks(config.tasks, CLASSES.get(config.dataset))
     try:
         delta_m({task.name: {task.metric: 1.0} for task in tasks}, baseline)
     except ValueError as error:
@@ -361,7 +370,7 @@ def run(config: argparse.Namespace) -> dict:
     leads = rank == 0
     amp = amp_dtype(config.amp, device)
     tasks = make_tasks(config.tasks, CLASSES.get(config.dataset))
-    baseline = read_baseline(config) if config.baseline else None
+    baseline = read_baseline(config, tasks) if config.baseline else None
     tree = known_tree(config)                   # None: the similarity will decide
     out = Path(config.out)
     last = state_to_continue(config, out)       # None: a new run
@@ -475,7 +484,8 @@ def run(config: argparse.Namespace) -> dict:
                "tree": name_tree(tree, config.tasks), "dataset": config.dataset,
                "flags": flags, "versions": VERSIONS}
     write_json(out / "metrics.json", metrics)
-    draw_samples(out / "predictions.png", predictor(model, amp), tasks, val_set, config.size, device)
+    draw_samples(out / "predictions.png", predictor(model, amp), tasks, val_set, config.size,
+                 device)
     draw_curves(out / "curves.png", out / "log.jsonl", tasks)
     draw_tree(out / "tree.png", out / "tree.json")
     print(f"best epoch {best['epoch']}: {format_table(tasks, best, constants, config.size)}\n"

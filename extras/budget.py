@@ -18,7 +18,6 @@ References: arXiv 2509.19602, section 3.3 (partitions) and table 3 (MACs).
 import argparse
 import copy
 import math
-import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 

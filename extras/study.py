@@ -139,10 +139,12 @@ def perform(common: list[str], job: Job, folder: Path) -> Run:
             if "not finite" not in str(error):
                 raise
             return run | {"failed": str(error)}
-    metrics = json.loads(result.read_text())
-    if not tree_only:
+    if tree_only:
+        metrics = json.loads(result.read_text())
+    else:
+        metrics = train.read_results(result)
         # The last epoch, not the best one: the validation images would have chosen that.
-        metrics["results"] = as_numbers(metrics["last"]["results"])
+        metrics["results"] = metrics["last"]["results"]
     for key in ("results", "trainable", "tree", "similarity", "standard_error"):
         if key in metrics:
             run[key] = metrics[key]
@@ -224,7 +226,7 @@ class Study:
             run = self.runs[name]
             if "failed" in run:
                 return None
-            results |= as_numbers(run["results"])
+            results |= train.as_numbers(run["results"])
             trainable += run["trainable"]
         return {"results": results, "trainable": trainable}
 
@@ -274,26 +276,6 @@ class Study:
 
 
 # --- reading results ------------------------------------------------------------------------------
-def as_numbers(results: dict) -> Results:
-    """{task: {metric: float}} from JSON, where null stands for "not a number"."""
-    numbers = {}
-    for task, metrics in results.items():
-        numbers[task] = {}
-        for metric, value in metrics.items():
-            numbers[task][metric] = math.nan if value is None else float(value)
-    return numbers
-
-
-def read_metrics(path: Path) -> Run:
-    """The content of a metrics.json. Raises ValueError if it is damaged or something else."""
-    with reading(path, "a metrics.json of a run"):
-        run = json.loads(path.read_text())
-        run["results"] = as_numbers(run["results"])
-        if "last" in run:
-            run["last"]["results"] = as_numbers(run["last"]["results"])
-    return run
-
-
 def read_study(path: Path) -> dict:
     """The content of a study.json: {"flags": text, "rates": {arm: rate}, "runs": {name: run}}."""
     with reading(path, "a study.json"):
@@ -309,7 +291,7 @@ def collect_runs(folder: Path, last: bool) -> tuple[dict[str, dict[int, Run]], s
     """
     methods, dataset = {}, None
     for path in sorted(folder.glob("*/*/metrics.json")):
-        method, run = path.parent.parent.name, read_metrics(path)
+        method, run = path.parent.parent.name, train.read_results(path)
         with reading(path, "a metrics.json of a run"):
             dataset = dataset or run.get("dataset")
             if run.get("dataset", dataset) != dataset:
@@ -336,7 +318,7 @@ def print_table(folder: Path, baseline: str | None, last: bool) -> None:
     if baseline in methods:
         results = mean_results(methods[baseline].values())
     elif baseline:
-        saved = read_metrics(Path(baseline))
+        saved = train.read_results(Path(baseline))
         results = saved["results"]
         if saved.get("dataset", dataset) != dataset:
             raise ValueError(f"--baseline {baseline} is on {saved['dataset']}, the runs are on "
@@ -547,7 +529,7 @@ def compare_pairs(study: Study, seeds: Sequence[int]) -> None:
         gains = []
         for seed in PAIR_SEEDS:
             run = study.runs[f"pair/{t}+{u}/{seed}"]
-            gains.append(delta_m(as_numbers(run["results"]), single))
+            gains.append(delta_m(train.as_numbers(run["results"]), single))
         similarity = mean_similarity[tasks.index(t), tasks.index(u)]
         rows.append((similarity, statistics.mean(gains), f"{t} + {u}"))
     for similarity, gain, pair in sorted(rows, reverse=True):
