@@ -6,7 +6,7 @@
 Nothing is loaded or trained. The network is built on the meta device, which knows shapes but stores
 no numbers, and the MACs are counted while one image runs through it. Table 3 of the paper counts
 linear and convolution layers with their biases, but neither the matrix products inside attention
-nor the adapters. We print that number next to the true cost.
+nor the adapters. We print that number, and the MACs of all matrix products.
 
 Reference: arXiv 2509.19602, sections 4.3 and 4.5, table 3.
 """
@@ -30,10 +30,10 @@ from util import one_line_errors
 
 
 def ledger(model: nn.Module) -> dict[str, int]:
-    """Number of trained parameters by part, in total ("trainable"), and of all ("total").
+    """Numbers of parameters: the trained ones by part and in sum ("trainable"), and all ("total").
 
-    "others" are weights of the backbone itself. "adapters" are all that the method adds next to
-    the decoders.
+    "others" are trained weights of the backbone itself. "adapters" are everything that the method
+    adds apart from the decoders.
     """
     count = {"adapters": 0, "decoders": 0, "others": 0, "trainable": 0, "total": 0}
     for name, p in model.named_parameters():
@@ -54,8 +54,8 @@ def ledger(model: nn.Module) -> dict[str, int]:
 def module_macs(model: nn.Module, size: tuple[int, int]) -> dict[str, tuple[int, int]]:
     """The MACs of one image of size (H, W), counted while it runs through the model.
 
-    Returns {path of the module: (as in table 3, not in table 3)}. The first number counts linear
-    and convolution layers with their biases, the second the products of attention and of adapters.
+    Returns {path of the module: (MACs that table 3 counts, other MACs)}. Table 3 counts linear and
+    convolution layers with their biases; the others are the products of attention and of adapters.
     Norms, activations and interpolation are not counted.
     """
     macs = {}
@@ -66,7 +66,7 @@ def module_macs(model: nn.Module, size: tuple[int, int]) -> dict[str, tuple[int,
             rows = output.numel() // output.shape[-1]
             dense, extra = module.macs(rows // len(module.ranks))
         elif isinstance(module, (nn.Linear, nn.Conv2d)):
-            products = module.weight[0].numel()     # per output
+            products = module.weight[0].numel()     # for each output value
             if module.bias is not None:
                 products += 1
             dense = output.numel() * products
@@ -91,7 +91,7 @@ def module_macs(model: nn.Module, size: tuple[int, int]) -> dict[str, tuple[int,
 
 
 def count_macs(model: nn.Module, size: tuple[int, int]) -> dict[str, int]:
-    """The MACs of one image of size (H, W): as table 3 counts them, and of all matrix products."""
+    """The MACs of one image of size (H, W), as table 3 counts them and of all matrix products."""
     linear_conv, everything = 0, 0
     for dense, extra in module_macs(model, size).values():
         linear_conv += dense
@@ -103,8 +103,8 @@ def network(config: Namespace) -> nn.Module:
     """The network that train.py would build, on the meta device and without pretrained weights.
 
     Trained parameters and table 3's MACs depend only on the number of groups in each stage. The
-    true cost also depends on their sizes, because adapters are padded to the largest rank. Without
-    `config.tree` the groups are as uneven as possible, which is the upper limit.
+    MACs of all products also depend on the sizes of the groups, because adapters are padded to the
+    largest rank. Without `config.tree` the groups are as uneven as possible, which costs most.
     """
     tasks = make_tasks(config.tasks, CLASSES.get(config.dataset))
     if config.tree:
@@ -138,7 +138,7 @@ def format_cost(costs: dict[str, int], size: tuple[int, int]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print the cost, as text or with --json as one JSON object."""
+    """Print the cost as text, or with --json as one JSON object."""
     argv = sys.argv[1:] if argv is None else argv
     flags = [flag for flag in argv if flag != "--json"]
     with one_line_errors():

@@ -1,9 +1,9 @@
 """From a dataset to training batches: check samples, collate them, and augment with one warp.
 
 A sample is a dict of tensors at the image's own size: "image" (3, H, W) uint8, and one label per
-task, as the task's kind says (tasks.py). `Checked` makes sure of that, `collate` pads a batch to
-its largest image, and `warp` cuts image and labels to the training size on the training device.
-All of them go through one sampling grid, so they stay aligned: the image is interpolated
+task, whose form depends on the task's kind (tasks.py). `Checked` checks this, `collate` pads the
+images of a batch to a common size, and `warp` brings image and labels to the training size on the
+training device. It samples all of them on one grid, so they stay aligned: the image is interpolated
 bilinearly, and a label takes the nearest pixel.
 
     dataset = open_dataset(config, "train")
@@ -12,7 +12,8 @@ bilinearly, and a label takes the nearest pixel.
         augmentation = draw_augmentation(6, flip=True, scales=(1.0, 1.2, 1.5), rotate=0.0)
         image, labels = warp(batch, (448, 448), "cuda", **augmentation)
 
-rooms.py renders samples, nyud_pascal.py reads them. Your own dataset is one more entry in DATASETS.
+rooms.py renders samples, and nyud_pascal.py reads them from files. To add your own dataset, add an
+entry to DATASETS, as in examples/own_dataset.py.
 """
 
 from collections.abc import Sequence
@@ -28,16 +29,17 @@ from rooms import ROOM_CLASSES, Rooms
 from tasks import IGNORE, TASKS, make_tasks
 from util import progress
 
-KINDS = ("classes", "values", "distances", "directions")      # of labels: see tasks.py
-MEAN = (0.485, 0.456, 0.406)                # of ImageNet, as the pretrained backbone expects
+KINDS = ("classes", "values", "distances", "directions")      # see tasks.py
+MEAN = (0.485, 0.456, 0.406)                # ImageNet's, which the pretrained backbone expects
 STD = (0.229, 0.224, 0.225)
-CLASSES = {"rooms": ROOM_CLASSES, **SEMSEG}                   # of semseg, per dataset
+CLASSES = {"rooms": ROOM_CLASSES, **SEMSEG}                   # semseg's classes
 
 
 # --- datasets -------------------------------------------------------------------------------------
 def open_rooms(config, split: str) -> Dataset:
-    length = config.train_rooms if split == "train" else config.val_rooms
-    return Rooms(split, config.tasks, length, config.size)
+    if split == "train":
+        return Rooms("train", config.tasks, config.train_rooms, config.size, config.room_seed)
+    return Rooms("val", config.tasks, config.val_rooms, config.size)
 
 
 def open_files(config, split: str) -> Dataset:
@@ -45,14 +47,15 @@ def open_files(config, split: str) -> Dataset:
     return Files(config.dataset, root, split, config.tasks)
 
 
-# A dataset is opened by a function of (config, "train" or "val").
+# For each dataset, a function that opens a split of it: (config, "train" or "val") -> Dataset.
 DATASETS = {"rooms": open_rooms, "nyud": open_files, "pascal": open_files}
 
 
 def open_dataset(config, split: str) -> Dataset:
-    """The "train" or "val" split of `config.dataset`, checked. Raises ValueError.
+    """The "train" or "val" split of `config.dataset`, whose samples are checked when they are read.
 
-    Reads these attributes of config: dataset, tasks, cache, and those that the dataset needs.
+    Uses config.dataset, config.tasks, config.cache, and the settings that this dataset needs.
+    Raises ValueError for an unknown dataset or task, or for a split without images.
     """
     if config.dataset not in DATASETS:
         raise ValueError(f"unknown dataset {config.dataset!r}; expected one of "
@@ -62,14 +65,15 @@ def open_dataset(config, split: str) -> Dataset:
     if len(dataset) == 0:
         raise ValueError(f"{config.dataset}: the {split} split has no images")
     dataset = Checked(f"{config.dataset} {split}", dataset, tasks)
-    return InMemory(dataset) if config.cache else dataset
+    return InMemory(dataset, f"{config.dataset} {split} images") if config.cache else dataset
 
 
 class Checked(Dataset):
-    """The image and the labels of `tasks` of each sample, or a ValueError that names the sample.
+    """A dataset whose samples are checked: a wrong one raises a ValueError that names it.
 
-    Labels may be numpy arrays, and (H, W) instead of (1, H, W). A value that is not finite becomes
-    0, which is invalid. name: the dataset's, for error messages.
+    Only the image and the labels of `tasks` are kept. Labels may be numpy arrays, and (H, W)
+    instead of (1, H, W). In float labels, NaN and infinity become 0, which means "no label" for
+    depth. name: the name of the dataset, for error messages.
     """
 
     def __init__(self, name: str, dataset: Dataset, tasks: list):
@@ -87,18 +91,19 @@ class Checked(Dataset):
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         try:
             return check_sample(self.dataset[i], self.tasks)
-        except StopIteration as error:                        # a loader would take it for the end
+        except StopIteration as error:                        # would end the loader's loop
             raise RuntimeError(f"{self.name}: sample {i}: StopIteration") from error
         except (ValueError, OSError) as error:
-            message = " ".join((str(error) or repr(error)).split())     # all of its lines, on one
+            message = " ".join((str(error) or repr(error)).split())     # on a single line
             raise ValueError(f"{self.name}: sample {i}: {message}") from error
-        except Exception as error:                            # a bug, which keeps its traceback
+        except Exception as error:                            # a bug keeps its traceback
             error.add_note(f"{self.name}: sample {i}")
             raise
 
 
 def check_sample(sample: dict, tasks: list) -> dict[str, Tensor]:
-    """The sample's image and labels as tensors. Raises ValueError if one is missing or wrong."""
+    """The image and the labels of `tasks` as tensors. Raises ValueError if one is missing or wrong.
+    """
     if not isinstance(sample, dict):
         raise ValueError(f"it is a {type(sample).__name__}; expected a dict of image and labels")
     tensors = {}
@@ -119,11 +124,14 @@ def check_sample(sample: dict, tasks: list) -> dict[str, Tensor]:
 
 
 def check_label(task, label: Tensor, size: tuple[int, int]) -> Tensor:
-    """One label as (H, W) uint8 of classes or (C, H, W) float32. Raises ValueError."""
+    """One label, as classes (H, W) uint8 or floats (C, H, W) float32. size: (H, W) of its image.
+
+    Raises ValueError if its shape, data type or classes are wrong.
+    """
     problem = f"its {task.name} is {described(label)}; expected"
     if task.kind == "classes":
         if label.is_floating_point() or label.shape != size:
-            raise ValueError(f"{problem} {size} of integers, the classes")
+            raise ValueError(f"{problem} {size} of integers (classes)")
         label = label.long()
         wrong = label[(label != IGNORE) & ((label < 0) | (label >= task.classes))]
         if len(wrong):
@@ -137,7 +145,8 @@ def check_label(task, label: Tensor, size: tuple[int, int]) -> Tensor:
     if label.ndim == 2:
         label = label[None]
     if label.shape != (task.channels, *size):
-        raise ValueError(f"{problem} {(task.channels, *size)} of floats, as its image is {size}")
+        raise ValueError(f"{problem} {(task.channels, *size)} of floats, because its image is "
+                         f"{size}")
     return label.float().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
@@ -146,11 +155,14 @@ def described(x: Tensor) -> str:
 
 
 class InMemory(Dataset):
-    """All samples of `dataset`, read once and kept in memory (--cache)."""
+    """All samples of `dataset`, read once and kept in memory (--cache).
 
-    def __init__(self, dataset: Dataset):
+    label: the text of the progress line.
+    """
+
+    def __init__(self, dataset: Dataset, label: str):
         self.samples = []
-        for i in progress(range(len(dataset)), "reading into memory"):
+        for i in progress(range(len(dataset)), label):
             self.samples.append(dataset[i])
 
     def __len__(self) -> int:
@@ -162,9 +174,9 @@ class InMemory(Dataset):
 
 # --- batches --------------------------------------------------------------------------------------
 def collate(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Stack samples, padded at the right and bottom to the largest.
+    """Stack samples, padded at the right and bottom to the largest height and width.
 
-    "size" (B, 2) keeps each image's own H, W, so that `warp` never looks at the padding.
+    "size" (B, 2) holds each image's own H, W, so that `warp` never uses the padding.
     """
     size = torch.tensor([sample["image"].shape[1:] for sample in samples])
     H, W = size.amax(0).tolist()
@@ -200,7 +212,7 @@ def loader(dataset: Dataset, batches: list[list[int]], workers: int = 0) -> Data
     Samples contain no randomness, so the number of workers never changes a result.
     """
     if isinstance(dataset, InMemory):
-        workers = 0                         # each would get its own copy, and has nothing to read
+        workers = 0                         # they would only copy samples that are already here
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate,
                       pin_memory=torch.cuda.is_available())
 
@@ -208,12 +220,15 @@ def loader(dataset: Dataset, batches: list[list[int]], workers: int = 0) -> Data
 # --- the warp -------------------------------------------------------------------------------------
 def draw_augmentation(B: int, flip: bool, scales: Sequence[float],
                       rotate: float) -> dict[str, Tensor]:
-    """Random arguments of `warp` for B images: half of them flipped (if `flip`), zoomed by one of
-    `scales`, turned by up to `rotate` degrees either way, and cut out anywhere in the image."""
+    """Random arguments of `warp` for B images.
+
+    Each image is flipped with probability 1/2 (if `flip`), zoomed by one of `scales`, and turned by
+    up to `rotate` degrees either way. If it is zoomed in, the cut may lie anywhere in the image.
+    """
     scale = torch.tensor(scales)[torch.randint(len(scales), (B,))]
     flipped = (torch.rand(B) < 0.5) & flip
     place = torch.rand(B, 2) * 2 - 1
-    reach = 1 - 1 / scale.clamp(min=1)                        # as far as the cut fits the image
+    reach = 1 - 1 / scale.clamp(min=1)                        # keeps the cut inside the image
     centre = place * reach[:, None]
     angle = (torch.rand(B) * 2 - 1) * rotate
     return {"flip": flipped, "scale": scale, "centre": centre, "angle": angle}
@@ -222,14 +237,15 @@ def draw_augmentation(B: int, flip: bool, scales: Sequence[float],
 def warp(batch: dict[str, Tensor], size: Sequence[int], device: torch.device | str = "cpu",
          flip: Tensor | None = None, scale: Tensor | None = None, centre: Tensor | None = None,
          angle: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-    """Move a batch to `device`, and cut it to size (h, w) through one grid for image and labels.
+    """Move a batch to `device`, and resample image and labels to size (h, w) on one grid.
 
     flip: (B,) bool, mirror left and right.
-    scale: (B,), zoom in by this factor, which divides distances by it.
-    centre: (B, 2), the middle of the cut, x and y in -1..1 of the image.
+    scale: (B,), zoom in by this factor; distances are divided by it.
+    centre: (B, 2), x and y of the middle of the cut, from -1 to 1 across the image.
     angle: (B,), degrees by which the image turns counter-clockwise; directions turn with it.
-    Without them this is a plain resize. Outside the image, labels are invalid and the image is 0.
-    Returns the normalised image (B, 3, h, w), and the labels in the form tasks.py expects.
+
+    Without these four this is a plain resize. Returns the normalised image (B, 3, h, w), and the
+    labels in the form that tasks.py expects. Both are 0 outside the image, but classes are IGNORE.
     """
     B, _, H, W = batch["image"].shape
     h, w = size
@@ -246,27 +262,27 @@ def warp(batch: dict[str, Tensor], size: Sequence[int], device: torch.device | s
     centre = send(centre)[:, None]
     angle = send(angle).deg2rad()
 
-    # Each pixel's place in the cut, x and y in -1..1, pixel centres at .5.
+    # The position of each pixel's centre in the cut: x and y from -1 to 1.
     x = (torch.arange(w, device=device) + 0.5) * (2 / w) - 1
     y = (torch.arange(h, device=device) + 0.5) * (2 / h) - 1
     cut = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).view(-1, 2)      # (h*w, 2)
 
-    # The same place in pixels of the image: flip and turn, zoom, move.
+    # The same position in pixels of the image: flip and turn, zoom, move.
     half = send(batch["size"]).flip(1).float()[:, None] / 2   # (B, 1, 2): half of W and H
     cos, sin = angle.cos(), angle.sin()
     turn = torch.stack([cos * mirror, -sin, sin * mirror, cos], 1).view(B, 2, 2)
     pixel = (cut * half) @ turn.mT / zoom + half * (1 + centre)                 # (B, h*w, 2)
     pixel = pixel.view(B, h, w, 2)
 
-    # Outside the image there is nothing: neither its border repeated, nor the batch's padding.
+    # Mask all that lies outside the image: it must show neither padding nor a repeated border.
     end = 2 * half[:, None]
     inside = ((pixel >= 0) & (pixel <= end)).all(-1)          # (B, h, w)
     pixel = pixel.clamp(min=0.5).minimum(end - 0.5)           # never interpolate with padding
 
-    # grid_sample counts in -1..1 of the padded batch.
+    # grid_sample expects positions from -1 to 1 across the padded images.
     padded = send([W, H])
     bilinear = pixel / padded * 2 - 1
-    nearest = (pixel.floor() + 0.5) / padded * 2 - 1          # at pixel centres: rounds nowhere
+    nearest = (pixel.floor() + 0.5) / padded * 2 - 1          # at pixel centres: no ties
 
     image = send(batch["image"]).float() / 255
     image = F.grid_sample(image, bilinear, align_corners=False)
@@ -293,7 +309,7 @@ def warp_label(kind: str, label: Tensor, grid: Tensor, inside: Tensor, zoom: Ten
     label = label * inside[:, None]
     if kind == "distances":
         label = label / zoom[:, None]
-    if kind == "directions":                # turn^T, because `turn` leads from the cut to the image
+    if kind == "directions":                # turn^T, because `turn` maps the cut to the image
         xy = torch.einsum("bij,bihw->bjhw", turn, label[:, :2])
         label = torch.cat([xy, label[:, 2:]], 1)
     return label

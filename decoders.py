@@ -1,8 +1,8 @@
-"""A task's decoder: it turns the four maps of the backbone into the prediction of one task.
+"""The decoder of a task: it turns the four maps of the backbone into the task's prediction.
 
 Each map is projected by a bias-free 1x1 convolution, resized to the first map (stride 8) and
 concatenated with the others. A head in the style of HRNet (1x1 convolution, BatchNorm, ReLU, 1x1
-convolution) gives the outputs, which are resized to the image. Every task trains its own decoder.
+convolution) gives the outputs, which are resized to the image. Every task has its own decoder.
 
     decoder = Decoder(backbone.channels, outputs=40)
     prediction = decoder(maps, image.shape[2:])         # four (B, h, w, c) -> (B, 40, H, W)
@@ -21,7 +21,7 @@ FUSED = (18, 36, 72, 144)   # the channels of HRNet-W18, for the four projection
 
 
 class Decoder(nn.Module):
-    """Projects maps of `in_channels` to `fused` channels and these to `outputs` channels."""
+    """Projects each map from its `in_channels` to its `fused` channels; a head makes `outputs`."""
 
     def __init__(self, in_channels: Sequence[int], outputs: int, fused: Sequence[int] = FUSED):
         super().__init__()
@@ -43,7 +43,7 @@ class Decoder(nn.Module):
 
 
 def make_head(width: int, outputs: int) -> nn.Sequential:
-    """(B, width, h, w) -> (B, outputs, h, w), by way of 4 * width hidden channels."""
+    """(B, width, h, w) -> (B, outputs, h, w), with 4 * width hidden channels."""
     hidden = 4 * width
     return nn.Sequential(
         nn.Conv2d(width, hidden, 1),

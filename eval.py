@@ -1,12 +1,14 @@
-"""Evaluate a checkpoint on validation images, or predict any photo.
+"""Evaluate a checkpoint on validation images, or make its predictions for any photo.
 
     python eval.py --checkpoint runs/rooms/best.pt                     # the table of metrics
     python eval.py --checkpoint runs/nyud/best.pt --native             # at each image's own size
     python eval.py --checkpoint runs/nyud/best.pt --image photo.jpg    # draws photo.predicted.png
 
-Images pass the network one at a time, so no result depends on a batch size. A task's metrics are
-sums over the whole set, divided once at the end (tasks.py). Next to them the table shows how well
-the best constant prediction does on the same labels: a result that does not beat it means nothing.
+Images go through the network one at a time, so no result depends on a batch size. A task's metrics
+come from sums over the whole set, divided once at the end (tasks.py). Next to them the table shows
+how well the best constant prediction does on the same labels: a result that does not beat it means
+nothing.
+
 Shapes: B batch, C channels, H W pixels.
 References: arXiv 2509.19602, section 4.2.
 """
@@ -33,7 +35,7 @@ Predict = Callable[[Tensor], dict[str, Tensor]]     # image (B, 3, H, W) -> {tas
 
 
 def predictor(model: nn.Module, amp: torch.dtype | None) -> Predict:
-    """`model` in evaluation mode as a function, under autocast to `amp` if it is given."""
+    """`model` as a function, in evaluation mode, and under autocast if `amp` is given."""
     model.eval()
 
     def predict(image: Tensor) -> dict[str, Tensor]:
@@ -48,9 +50,13 @@ def evaluate(predict: Predict, tasks: Sequence, batches: Iterable, size: tuple[i
     """Metrics of `predict` over `batches`, which hold one image each (data.collate).
 
     size: (H, W) that images and labels are resized to; None keeps each image's own size.
-    Returns {"results": {task: {metric: value}}, "loss": the weighted sum of the tasks' losses,
-    each averaged over the images with labels (eq. 8), "images": their number, "pixels" and "nan":
-    {task: number of valid pixels, and of those without a finite prediction}}.
+
+    Returns a dict:
+        results: {task: {metric: value}}
+        loss: weighted sum of the tasks' losses (eq. 8), each a mean over the images with labels
+        images: number of images
+        pixels: {task: number of valid pixels}
+        nan: {task: number of valid pixels at which the prediction is NaN}
     """
     names = [task.name for task in tasks]
     totals = {name: dict.fromkeys(("labelled", "loss", "pixels", "nan", "sums"), 0)
@@ -77,7 +83,7 @@ def evaluate(predict: Predict, tasks: Sequence, batches: Iterable, size: tuple[i
 
 
 def measure(task, pred: Tensor, label: Tensor) -> dict:
-    """One image's share of a task's totals. Sums are taken on the CPU, in float64."""
+    """One image's contribution to a task's totals. Sums are computed on the CPU, in float64."""
     loss = task.loss(pred, label).item()
     pred, label = pred.cpu(), label.cpu()
     valid = task.valid(label).reshape(1, *pred.shape[2:])       # (1, H, W)
@@ -95,8 +101,8 @@ def best_constants(tasks: Sequence, batches: Iterable,
                    size: tuple[int, int] | None) -> dict[str, Tensor]:
     """For each task, the constant prediction (outputs,) that fits these labels best.
 
-    It is fitted to about 4,000 evenly spread valid pixels per image. A task without a valid pixel
-    is left out.
+    It is fitted to at most 8,000 valid pixels per image, evenly spread. A task without any valid
+    pixel is left out.
     """
     values = {task.name: [] for task in tasks}
     for batch in batches:
@@ -120,8 +126,8 @@ def best_constants(tasks: Sequence, batches: Iterable,
 def reference(tasks: Sequence, batches: Iterable, size: tuple[int, int] | None) -> dict:
     """{task: {metric: value}} of the best constant prediction.
 
-    It is fitted to the very labels it is evaluated on, which flatters it. Metrics are NaN for a
-    task without any label. Goes through `batches` twice.
+    It is fitted to the same labels that it is evaluated on, so it looks better than it is. Metrics
+    are NaN for a task without any label. Goes through `batches` twice.
     """
     constants = best_constants(tasks, batches, size)
 
@@ -140,8 +146,9 @@ def load_run(path: str | Path, weights: str | None = None
              ) -> tuple[nn.Module, list, argparse.Namespace]:
     """The trained network of a checkpoint, its tasks and its settings.
 
-    path: a run's folder (its best.pt) or a checkpoint. weights: where the backbone's weights are
-    now, if they moved. Raises ValueError if the file cannot be read or does not fit.
+    path: a checkpoint, or a run's folder, which stands for its best.pt. weights: where the
+    backbone's weights are now, if they have moved. Raises ValueError if the checkpoint cannot be
+    read or does not fit.
     """
     path = Path(path)
     if path.is_dir():
@@ -164,14 +171,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--image", type=Path, nargs="+", help="predict these photos instead of evaluating")
     add("--native", action="store_true", help="use each image's own size: sharper and slower")
     add("--json", action="store_true", help="print the metrics as JSON instead of a table")
-    add("--data-root", help="folder of the dataset, or its archive; default: the run's")
-    add("--weights", help="the backbone's weights, if they are not where they were")
+    add("--data-root", help="folder of the dataset, or its archive (default: as in training)")
+    add("--weights", help="the file of the backbone's weights, if it has moved since training")
     add("--workers", type=integer(0, 256), default=min(4, os.cpu_count() or 1),
         help="processes that load data")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
     args = parser.parse_args(argv)
     if args.json and args.image:
-        parser.error("--json is for metrics; it does not go with --image")
+        parser.error("--json prints metrics, so it cannot be combined with --image")
     return args
 
 
@@ -201,7 +208,7 @@ def run(args: argparse.Namespace) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    # Progress and notes go to stderr, so that stdout holds the answer and nothing else.
+    # Progress and notes go to stderr, so that only the result goes to stdout.
     with one_line_errors(), redirect_stdout(sys.stderr):
         text = run(args)
     print(text)

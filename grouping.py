@@ -1,13 +1,14 @@
 """Which tasks share an adapter: partitions, their score, and the tree of task groups.
 
-A partition splits the tasks into groups. Each task scores its mean similarity to the other tasks
-of its group, and a partition scores the sum over its tasks:
+A partition splits the tasks into groups. The score of a task is its mean similarity to the other
+tasks in its group, and the score of a partition is the sum over its tasks:
 
     S_t = 1 / (|group| - 1) * sum of sim(t, u) over the other tasks u of the group      (eq. 5)
     S_P = sum of S_t over all tasks; a task that is alone in its group scores 0         (eq. 6)
 
-The tree is built from the decoders down. The last stage gets the best partition, and each earlier
-stage merges groups of the stage after it (Algorithm 1), so tasks that part never meet again.
+The tree is built from the last stage to the first. The last stage gets the best partition, and each
+earlier stage merges groups of the stage after it (Algorithm 1). So on the way to the decoders,
+groups only split.
 
     tree = build_tree(sim, (1, 1, 2, 3))        # sim: (T, T), from similarity.py
     print(format_tree(tree, ["semseg", "depth", "normals"]))
@@ -25,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 Partition = list[tuple[int, ...]]
-MAX_TASKS = 10      # of the exact search, which takes half a second for ten tasks
+MAX_TASKS = 10      # limit of the exact search, which takes half a second for ten tasks
 
 
 # --- one partition --------------------------------------------------------------------------------
@@ -51,15 +52,15 @@ def partitions(tasks: Sequence[int]) -> Iterator[Partition]:
 
 
 def best_partition(sim: np.ndarray, num_groups: int) -> Partition:
-    """The partition into `num_groups` groups with the highest score; of equal ones the first.
+    """The partition into `num_groups` groups with the highest score; if several tie, the first.
 
     The paper uses branch and bound. For up to ten tasks we can simply try every partition.
 
     Args:
         sim: (T, T) similarities of tasks.
     Raises:
-        ValueError: for more than ten tasks, unless all of them or none share a group; if
-            num_groups is not between 1 and T; or if a similarity is not a finite number.
+        ValueError: if num_groups is not between 1 and T; for more than ten tasks, unless
+            num_groups is 1 or T; or if a similarity is not a finite number.
     """
     check_similarity(sim)
     T = len(sim)
@@ -72,16 +73,17 @@ def best_partition(sim: np.ndarray, num_groups: int) -> Partition:
     if T > MAX_TASKS:
         raise ValueError(f"the exact search over partitions handles up to {MAX_TASKS} tasks, got "
                          f"{T}; use extras.budget.near_best_partition")
-    values = np.asarray(sim).tolist()       # Python's numbers are faster one at a time
+    values = np.asarray(sim).tolist()       # lists are faster to read from than arrays
     candidates = [p for p in partitions(range(T)) if len(p) == num_groups]
     return max(candidates, key=lambda p: score(p, values))
 
 
 def merge_groups(partition: Partition, sim: np.ndarray, num_groups: int) -> Partition:
-    """Algorithm 1: merge the two groups whose union scores best, until `num_groups` are left.
+    """Algorithm 1: merge the two groups that give the best score, until `num_groups` are left.
 
     Trap: the paper's search starts from score 0, so it returns nothing when all similarities are
-    negative. `max` starts from minus infinity. Of equal candidates it takes the first.
+    negative. `max` has no such limit, and takes the first if several tie. Raises ValueError if
+    num_groups is impossible, or if a similarity is not a finite number.
     """
     check_similarity(sim)
     if not 1 <= num_groups <= len(partition):
@@ -94,7 +96,7 @@ def merge_groups(partition: Partition, sim: np.ndarray, num_groups: int) -> Part
 
 
 def merged(partition: Partition, a: tuple[int, ...], b: tuple[int, ...]) -> Partition:
-    """The partition in which its groups `a` and `b` have become one."""
+    """`partition` with its groups `a` and `b` merged into one."""
     others = [group for group in partition if group not in (a, b)]
     union = tuple(sorted(a + b))
     return sorted([*others, union])
@@ -121,6 +123,8 @@ def build_tree(sim: np.ndarray, groups_per_stage: Sequence[int],
             because groups only split on the way to the decoders.
         search: finds the last stage's partition; for more than ten tasks,
             extras.budget.near_best_partition.
+    Raises:
+        ValueError: if groups_per_stage is impossible, or as in `best_partition`.
     """
     groups = list(groups_per_stage)
     if groups != sorted(groups) or groups[0] < 1 or groups[-1] > len(sim):
@@ -166,7 +170,7 @@ def parents(before: Partition, after: Partition) -> list[int]:
         containing = [i for i, larger in enumerate(before) if set(group) <= set(larger)]
         if not containing:
             raise ValueError(f"tree: not nested: tasks {group} share a group, but did not in the "
-                             "stage before; groups may split from stage to stage and never merge")
+                             "stage before; groups may only split from stage to stage, never merge")
         indices.append(containing[0])
     return indices
 
@@ -176,7 +180,7 @@ def routing(tree: Sequence[Partition]) -> tuple[list[list[int]], list[list[int]]
 
     Returns:
         parents: for each stage and each of its groups, the index of the group of the previous
-            stage whose features it reads; 0, the image, in the first stage.
+            stage whose features it reads; always 0 in the first stage, which reads the image.
         group_of: for each task and each stage, the index of the task's group.
     """
     num_tasks = sum(len(group) for group in tree[0])
@@ -192,9 +196,9 @@ def routing(tree: Sequence[Partition]) -> tuple[list[list[int]], list[list[int]]
 
 # --- trees as text and as files -------------------------------------------------------------------
 def format_tree(tree: Sequence[Partition], names: Sequence[str], choices: Sequence = ()) -> str:
-    """One line per stage: `stage 3   {semseg, depth} {normals}`, then the stage's choice, if any.
+    """One line per stage: `stage 3   {semseg, depth} {normals}`, then how sure it is, if known.
 
-    choices: one per stage, from stability.py; None for a stage that had no choice.
+    choices: one per stage, as stability.stability returns them.
     """
     lines = []
     for i, (stage, choice) in enumerate(zip_longest(name_tree(tree, names), choices)):
@@ -207,19 +211,22 @@ def format_tree(tree: Sequence[Partition], names: Sequence[str], choices: Sequen
 
 
 def name_tree(tree: Sequence[Partition], names: Sequence[str]) -> list[list[list[str]]]:
-    """The tree with names of tasks instead of indices, as it is saved."""
+    """The tree with names of tasks instead of indices, as in a saved file."""
     return [[[names[t] for t in group] for group in partition] for partition in tree]
 
 
 def read_tree(path: str | Path, names: Sequence[str]) -> list[Partition]:
-    """Read and check a saved tree: {"tree": [[["semseg", "depth"], ["normals"]], ...]}."""
+    """Read and check a saved tree: {"tree": [[["semseg", "depth"], ["normals"]], ...]}.
+
+    Raises ValueError, which names the file, if it is missing or wrong.
+    """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"tree: cannot read {path}: there is no such file")
     index = {name: t for t, name in enumerate(names)}
     tree = []
     try:
-        # utf-8-sig: Windows editors put a byte order mark in front
+        # utf-8-sig: some editors on Windows start files with a byte order mark
         content = json.loads(path.read_text(encoding="utf-8-sig"))
         for stage in content["tree"]:
             partition = [tuple(sorted(index[name] for name in group)) for group in stage]

@@ -1,17 +1,18 @@
-"""TGLoRA (Task-Grouped LoRA) in one file, in plain PyTorch. Read it before any other.
+"""TGLoRA (Task-Grouped LoRA) in one file, in plain PyTorch. Read this file first.
 
-    python lesson.py            # prints what each cell finds, in less than a minute
+    python lesson.py            # prints the results of each cell, in less than a minute
 
 The cells begin with `# %%`, so editors such as VS Code can run them from top to bottom, as a
 notebook. Nothing here comes from tglora.py, similarity.py, grouping.py, model.py or train.py. This
-file writes the method out as simply as possible, and tests check that the program gives the same
+file writes the method out as simply as possible, and tests check that those files give the same
 numbers.
 
 The method: several tasks share one pretrained backbone, which is frozen. The linear layers of its
-blocks get small trainable matrices, the adapters. In the first stage all tasks share the adapters;
-from stage to stage the tasks split into groups of similar tasks, and each group has its own.
+blocks get small trainable matrices, the adapters. In the first stage all tasks share one set of
+adapters; from stage to stage the tasks split into groups of similar tasks, and each group has its
+own set.
 
-Paper: arXiv 2509.19602; eq. 1 to 8 and Algorithm 1 are numbered as there.
+Reference: arXiv 2509.19602. The numbers of equations, sections and algorithms are the paper's.
 """
 
 # %% Setup
@@ -25,7 +26,7 @@ from torch import nn
 import rooms
 from swin import build_swin
 
-# Double precision: two ways of computing the same number then agree to many digits.
+# Double precision, so that two ways of computing the same number agree to many digits.
 torch.set_default_dtype(torch.float64)
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -33,16 +34,17 @@ torch.manual_seed(0)
 TASKS = ["semseg", "edge", "depth", "normals"]
 OUTPUTS = {"semseg": 7, "edge": 1, "depth": 1, "normals": 3}    # numbers predicted per pixel
 WEIGHT = {"semseg": 1, "edge": 50, "depth": 1, "normals": 10}   # weight of each loss (eq. 8)
-SIZE = 64                                                       # height and width of our pictures
+SIZE = 64                                                       # height and width of the images
 
 # %% 1. A room and its labels
-# rooms.py renders a small room with boxes, spheres and cylinders. Because we render it, we know the
-# ground truth of every pixel: its class, whether it is an edge, its depth, its surface normal.
+# rooms.py renders a small room with a person, boxes, spheres and cylinders. Because we render it,
+# we know the ground truth of every pixel: its class, whether it lies on an edge, its depth and its
+# surface normal.
 
 
 def load_rooms(first, count):
     """Images (count, 3, H, W), and one label tensor per task."""
-    # A room is drawn from random numbers; (0, 0, i) is the seed of room i.
+    # Random numbers define a room; (0, 0, i) is the seed of room i.
     samples = [rooms.render_room((0, 0, i), SIZE, SIZE) for i in range(first, first + count)]
     image = torch.stack([sample["image"] for sample in samples]) / 255
     mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)    # the usual normalisation
@@ -64,8 +66,8 @@ for task in TASKS:
 # %% 2. The frozen backbone
 # A small Swin Transformer. It turns the image into patches of 4x4 pixels, and processes them in
 # four stages. Each of the first three ends by merging 2x2 neighbours, so the maps shrink and gain
-# channels; the maps below come after the merging. It was trained to tell the classes in other
-# rooms. We never change its weights.
+# channels; the maps below come after the merging. The backbone was pretrained on other rooms, to
+# find their classes, their edges and the salient object. We never change its weights.
 
 backbone = build_swin("mini")
 weights = torch.load(Path(rooms.__file__).parent / "assets/rooms_mini.pth", weights_only=True)
@@ -76,9 +78,9 @@ print("\n2. The four maps of the backbone (batch, height, width, channels):")
 for i, feature_map in enumerate(backbone(image)):
     print(f"   stage {i + 1}: {tuple(feature_map.shape)}")
 
-# %% 3. A decoder per task
+# %% 3. One decoder per task
 # A decoder turns the four maps into a prediction. It projects each map to a few channels, enlarges
-# all of them to the size of the first, and mixes them with two 1x1 convolutions.
+# the results to the size of the first map, and mixes them with two 1x1 convolutions.
 
 
 class Decoder(nn.Module):
@@ -101,13 +103,13 @@ class Decoder(nn.Module):
 
 
 def loss_of(task, pred, label):
-    """The loss of a task: a mean over pixels. (Every pixel of a rendered room has a label.)"""
+    """The loss of a task, averaged over pixels. (Every pixel of a rendered room has a label.)"""
     if task == "semseg":                        # which class? cross-entropy
         return F.cross_entropy(pred, label)
     if task == "edge":                          # edges are rare, so they weigh more
         weight = torch.where(label == 1, 0.95, 0.05)
         return F.binary_cross_entropy_with_logits(pred[:, 0], label.to(pred.dtype), weight)
-    if task == "depth":                         # metres
+    if task == "depth":                         # mean absolute error in metres
         return (pred - label).abs().mean()
     return (F.normalize(pred, dim=1) - label).abs().mean()      # normals: vectors of length 1
 
@@ -115,8 +117,8 @@ def loss_of(task, pred, label):
 decoders = nn.ModuleDict({task: Decoder(OUTPUTS[task]) for task in TASKS})
 
 # Gradients that reach the backbone through an untrained decoder are mostly noise. So the decoders
-# are trained first (section 4.4).
-# The backbone is frozen, so its maps never change, and we compute them once.
+# are trained first (section 4.4). The maps of the frozen backbone never change, so we compute them
+# only once.
 maps = backbone(image)
 optimizer = torch.optim.AdamW(decoders.parameters(), lr=5e-3)
 for step in range(30):
@@ -131,7 +133,8 @@ print()
 # %% 4. How similar are two tasks? (eq. 1 to 3)
 # Take one image and one task, and ask: in which direction would this task change the backbone's
 # weights? Against the gradient of its loss. If two tasks would change the weights in the same
-# direction, sharing weights is good for both. So we measure the angle between their gradients.
+# direction, sharing weights should help both. So we measure the cosine of the angle between their
+# gradients.
 
 decoders.eval()                                 # BatchNorm uses its running statistics
 backbone.requires_grad_(True)                   # only to get gradients; nothing is updated
@@ -186,7 +189,8 @@ def score(partition):
 
 
 def partitions(tasks):
-    """Every way to put `tasks` into groups: the first task stays alone, or joins a group."""
+    """Every way to split `tasks` into groups: the first task is alone, or joins a group of the
+    others."""
     if not tasks:
         yield []
         return
@@ -201,17 +205,18 @@ def show(partition):
     return " ".join("{" + ", ".join(TASKS[t] for t in group) + "}" for group in partition)
 
 
-# If the last stage has fewer groups than tasks, its partition is the best of all. For example:
+# If the last stage has fewer groups than tasks, it gets the partition with the highest score. For
+# example, with two groups:
 print("\n5. All partitions of the tasks into two groups, best first:")
 two_groups = [p for p in partitions(tuple(range(T))) if len(p) == 2]
 for partition in sorted(two_groups, key=score, reverse=True):
     print(f"   {score(partition):6.3f}  {show(partition)}")
 
-# Our tree has 1, 2, 3 and 4 groups in its four stages (section 4.4). It is built from the end: in
-# the last stage every task is alone. Algorithm 1 then merges two groups at a time: it takes the pair
-# that gives the partition with the highest score. Tasks that are together in a stage are therefore
-# together in every earlier stage. (As printed, Algorithm 1 only accepts scores above 0, so it would
-# find nothing if all similarities were negative. `max` has no such limit.)
+# Our tree has 1, 2, 3 and 4 groups in its four stages (section 4.4). It is built from the last
+# stage to the first. In the last stage every task is alone. Algorithm 1 then merges two groups at a
+# time: the pair that gives the partition with the highest score. Tasks that are together in a stage
+# are therefore together in every earlier stage. (As printed, Algorithm 1 only accepts scores above
+# 0, so it would find nothing if all similarities were negative. `max` has no such limit.)
 partition = [(t,) for t in range(T)]
 tree = [partition]
 while len(partition) > 1:
@@ -229,7 +234,7 @@ for stage, partition in enumerate(tree):
 # %% 6. The adapter (eq. 4)
 # A linear layer computes y = W x + b. We leave W and b as they are and add a product of two thin
 # matrices: y = W x + b + gamma B (A x). A maps the input to r numbers, B maps them to the output
-# size. B starts at zero, so at first the adapted layer does what the frozen one did.
+# size. B starts at zero, so at first the adapted layer gives the output of the frozen one.
 
 GAMMA, RANK = 4, 12                             # RANK is divided among the groups of a stage
 
@@ -259,11 +264,12 @@ print(f"\n6. One linear layer: W is {tuple(linear.weight.shape)} and frozen, "
 print("   before training, the adapter changes the output by",
       (adapted(x) - linear(x)).abs().max().item())
 nn.init.ones_(adapted.B[0])
-print(f"   with B all ones, it changes it by {(adapted(x) - linear(x)).abs().max().item():.2f}")
+print("   with all of B set to 1, it changes the output by up to "
+      f"{(adapted(x) - linear(x)).abs().max().item():.2f}")
 
-# %% 7. One task walks through its own path of the tree
-# Each of the four linear layers of every block gets one adapter for each group of its stage. The
-# groups divide the combined rank in proportion to their number of tasks (section 4.3).
+# %% 7. The path of one task through the tree
+# Each of the four linear layers in every block gets one adapter per group of its stage. The groups
+# divide the combined rank in proportion to their number of tasks (section 4.3).
 
 for stage, partition in zip(backbone.layers, tree):
     ranks = [RANK * len(group) // T for group in partition]
@@ -278,12 +284,10 @@ def walk(task, image, verbose=False):
     """The prediction of one task. It uses the adapters of its own group in every stage."""
     x, maps = backbone.patch_embed(image), []
     for stage, partition in zip(backbone.layers, tree):
-        for g, group in enumerate(partition):
-            if TASKS.index(task) in group:
-                break
+        group = next(group for group in partition if TASKS.index(task) in group)
         for module in stage.modules():
             if isinstance(module, AdaptedLinear):
-                module.group = g
+                module.group = partition.index(group)
         x = stage(x)
         maps.append(x)
         if verbose:
@@ -295,10 +299,11 @@ print("\n7. The path of normals:")
 walk("normals", image[:4], verbose=True)
 
 # %% 8. Training (eq. 8)
-# The total loss is the weighted sum of the tasks' losses. Adapters and decoders are trained.
+# The total loss is the weighted sum of the tasks' losses. Only the adapters and the decoders are
+# trained.
 
 decoders.train()
-trained = [p for p in backbone.parameters() if p.requires_grad]    # the adapters: all else is frozen
+trained = [p for p in backbone.parameters() if p.requires_grad]    # the adapters
 trained += list(decoders.parameters())
 optimizer = torch.optim.AdamW(trained, lr=2e-3, weight_decay=0)
 
@@ -316,29 +321,30 @@ for step in range(10):
 # %% 9. The trick of tglora.py: groups are folded into the batch
 # Running the backbone once per task is wasteful: tasks that share a group repeat the same work, and
 # every layer is called four times on a small batch. But W is the same for all groups. So each stage
-# runs once, on one batch of G * B images that holds its groups one after another. Here that makes
-# 1 + 2 + 3 + 4 = 10 runs of a group instead of 4 * 4 = 16, in four large calls. Norms, attention and
-# W x work unchanged. Inside a stage, only the adapters take the batch apart.
+# runs once, on one batch of G * B images that holds its groups one after another. With our tree,
+# the four stages process 1 + 2 + 3 + 4 = 10 groups in four large calls, instead of 4 * 4 = 16 in
+# sixteen small ones. Norms, attention and W x work unchanged. Inside a stage, only the adapters
+# take the batch apart.
 
 
 def folded_forward(self, x):
     """Eq. 4 for all groups at once. The first dimension of x holds the groups one after another."""
     y = self.linear(x)                                          # W x for all groups
-    parts = x.chunk(len(self.A))                                # x_g: the part of each group
+    parts = x.chunk(len(self.A))                                # x_g for each group g
     low_rank = [GAMMA * (x_g @ A.T) @ B.T for x_g, A, B in zip(parts, self.A, self.B)]
     return y + torch.cat(low_rank)
 
 
 def predict_folded(image):
-    """The predictions of all tasks, from one walk of all groups together."""
+    """The predictions of all tasks, with all groups of a stage in one batch."""
     B = len(image)
-    x = backbone.patch_embed(image)                             # one group with all tasks
+    x = backbone.patch_embed(image)                             # one group of all tasks
     before, maps = [tuple(range(T))], {task: [] for task in TASKS}
     print("   image", tuple(image.shape))
     for i, (stage, partition) in enumerate(zip(backbone.layers, tree)):
-        parts = x.split(B)                                      # the groups of the stage before
+        parts = x.split(B)                                      # the groups of the previous stage
         branches = []
-        for group in partition:                                 # each group continues its parent
+        for group in partition:                                 # each continues from its parent
             parent = next(g for g, larger in enumerate(before) if set(group) <= set(larger))
             branches.append(parts[parent])
         x = stage(torch.cat(branches))                          # (G * B, h, w, c)
@@ -353,7 +359,7 @@ def predict_folded(image):
 decoders.eval()
 with torch.no_grad():
     one_by_one = {task: walk(task, image[:4]) for task in TASKS}
-    AdaptedLinear.forward = folded_forward      # from here on, every adapted layer folds
+    AdaptedLinear.forward = folded_forward      # from here on, one call serves all groups
     print("\n9. All tasks in one folded batch:")
     together = predict_folded(image[:4])
 for task in TASKS:

@@ -1,4 +1,4 @@
-"""The multi-task network: backbone stages that branch as the tree of tasks does, then decoders.
+"""The multi-task network: a backbone that branches as the tree of tasks does, then the decoders.
 
 All groups of a stage run through the same frozen weights, so a stage with G groups processes one
 batch of G*B images, group after group (`tglora.run_stages`). There is no loop over tasks in the
@@ -11,9 +11,9 @@ backbone, and the baselines are special trees:
     model = build(config, tasks, tree)      # config: the settings in recipes.py
     predictions = model(image)              # {"semseg": (B, 40, H, W), ...}
 
-A backbone has `patch_embed`, four stages and the `channels` of their maps. Its list of stages is
-called `layers`, because the official checkpoints call it that. It also says which linear layers are
-adapted (`ADAPTED`) and which other weights may be trained (`OTHERS`); swin.py is the example.
+A backbone has `patch_embed`, a list of four stages, and the `channels` of their maps. The list is
+called `layers`, because the official checkpoints call it that. The backbone also says which linear
+layers are adapted (`ADAPTED`) and which other weights may be trained (`OTHERS`), as in swin.py.
 
 Shapes: B batch, G groups, H W pixels, h w tokens of a map, c channels of a map.
 Reference: arXiv 2509.19602, section 3 and figure 3.
@@ -39,7 +39,7 @@ class MultiTaskNet(nn.Module):
 
     tasks: objects with `name` and `outputs`. parents[stage][group]: the group of the previous stage
     that this group continues. group_of[task][stage]: the group whose features the task reads (both
-    from grouping.routing). fused: the decoders' channels.
+    from grouping.routing). fused: the channels that the decoders project the four maps to.
     """
 
     def __init__(self, backbone: nn.Module, tasks: Sequence, parents: Sequence[Sequence[int]],
@@ -69,11 +69,11 @@ class MultiTaskNet(nn.Module):
 
 
 def build(config: Namespace, tasks: Sequence, tree: Sequence[Partition]) -> nn.Module:
-    """The network of a run; the same weights for the same seed.
+    """The network of a run. The same seed gives the same initial weights.
 
     config: the settings in recipes.py. tasks: see `MultiTaskNet`. tree: one partition of the tasks
-    per stage; MTLoRA and BDTA have no groups of tasks and ignore it. Raises ValueError if tree,
-    rank or pretrained weights do not fit.
+    per stage; MTLoRA and BDTA ignore it. Raises ValueError if the tree, the rank or the pretrained
+    weights do not fit.
     """
     torch.manual_seed(config.seed)
     backbone = build_backbone(config)
@@ -128,7 +128,7 @@ def adapt(backbone: nn.Module, tree: Sequence[Partition], config: Namespace) -> 
 def stage_ranks(config: Namespace) -> list[int]:
     """The combined rank of each stage, which its groups share (section 4.3).
 
-    With --last-rank, every task has that rank in the last stage, whatever --rank is.
+    With --last-rank, every task gets that rank in the last stage, whatever --rank is.
     """
     ranks = [config.rank] * len(config.groups)
     if config.last_rank:
@@ -137,7 +137,7 @@ def stage_ranks(config: Namespace) -> list[int]:
 
 
 def build_mtlora(backbone: nn.Module, tasks: Sequence, config: Namespace) -> MultiTaskNet:
-    """MTLoRA or MTLoRA+: groups of tasks exist only in the last block of each stage."""
+    """MTLoRA or MTLoRA+: tasks have their own adapters only in the last block of each stage."""
     from extras import mtlora
     parents, group_of = mtlora.routing(len(backbone.layers), len(tasks))
     model = MultiTaskNet(backbone, tasks, parents, group_of, config.fused)

@@ -1,8 +1,8 @@
 """The files of NYUD-v2 and PASCAL-Context: where they are, and how to read them as arrays.
 
 Each dataset has been published in two versions of its archive. Both use the same folder names, but
-for files of different formats, so LAYOUTS lists the alternatives and whichever file exists is read.
-A reader turns one file into an array. It raises ValueError if the file is damaged, or if its
+for files of different formats, so LAYOUTS lists the alternatives, and the one that exists is read.
+A reader turns a file into an array. It raises ValueError if the file is damaged, or if its
 numbers cannot be right, such as a depth in millimetres.
 
     root = find_dataset("nyud", Path("data"))     # data/ holds NYUD_MT/, or NYUD_MT.tgz
@@ -77,21 +77,22 @@ ARCHIVES = {
     "nyud": ("NYUD_MT.tgz", "NYUDv2.tar.gz"),
     "pascal": ("PASCAL_MT.tgz", "PASCALContext.tar.gz"),
 }
-# An address is tried only with --download. Addresses die, so errors name the pages as well.
+# These are only used with --download. They may stop working, so errors also name the PAGES.
 ADDRESSES = {
     "nyud": "https://data.vision.ee.ethz.ch/kmaninis/share/MTL/NYUD_MT.tgz",
     "pascal": "https://data.vision.ee.ethz.ch/kmaninis/share/MTL/PASCAL_MT.tgz",
 }
 PAGES = ("https://github.com/facebookresearch/astmt or "
          "https://github.com/prismformore/Multi-Task-Transformer")
-STAMP = "archive_stamp.txt"     # in an unpacked folder: which archive it was unpacked from
-ABANDONED = 60                  # seconds without a sign of life from a process that unpacks
+STAMP = "archive_stamp.txt"     # file in an unpacked folder; identifies the archive it came from
+ABANDONED = 60                  # seconds; a .partial folder unchanged for longer was left behind
 
 
 def find_dataset(name: str, source: str | Path, download: bool = False) -> Path:
     """The folder of dataset `name`, given this folder, a folder around it, or an archive of it.
 
-    download: fetch the archive into `source` if nothing is there. Raises ValueError.
+    download: fetch the archive into `source` if nothing is there. Raises ValueError if there is no
+    dataset, more than one, or a bad archive.
     """
     source = Path(source)
     if source.is_file():
@@ -117,7 +118,7 @@ def find_dataset(name: str, source: str | Path, download: bool = False) -> Path:
         try:
             return find_dataset(name, archive)
         except ValueError:
-            archive.unlink()    # the server sent something else, and the next try must not find it
+            archive.unlink()    # it is not the dataset; without it, the next try downloads again
             raise
     if source.is_dir():
         problem = f"holds neither {SPLITS[name]}/ nor an archive"
@@ -129,15 +130,15 @@ def find_dataset(name: str, source: str | Path, download: bool = False) -> Path:
 
 
 def fetch_archive(name: str, folder: Path) -> Path:
-    """Download the archive of dataset `name` into `folder`. Raises ValueError."""
+    """Download the archive of dataset `name` into `folder`. Raises ValueError if that fails."""
     from torchvision.datasets.utils import download_url     # slow to import
     archive = folder / ARCHIVES[name][0]
     part = folder / f"{archive.name}.part"
-    part.unlink(missing_ok=True)    # download_url would take the start of a file for the whole file
+    part.unlink(missing_ok=True)    # download_url would take a partial file for the whole
     print(f"downloading {ADDRESSES[name]} to {archive}", flush=True)
     try:
         download_url(ADDRESSES[name], str(folder), part.name)
-    except Exception as error:      # torchvision does not document which errors it raises
+    except Exception as error:      # torchvision does not document what it raises
         part.unlink(missing_ok=True)
         raise ValueError(f"the download of {ADDRESSES[name]} failed: {error}. Put the archive into "
                          f"{folder} yourself; it is documented at {PAGES}") from error
@@ -146,10 +147,11 @@ def fetch_archive(name: str, folder: Path) -> Path:
 
 
 def unpack(name: str, archive: Path) -> Path:
-    """Unpack an archive of dataset `name` into the folder next to it, if that is not done yet.
+    """Unpack an archive of dataset `name` into a folder next to it, unless that was done before.
 
-    NYUD_MT.tgz is unpacked to NYUD_MT.tgz.unpacked, by way of NYUD_MT.tgz.partial. If the archive
-    is damaged or holds something else, ValueError is raised before a byte is written.
+    NYUD_MT.tgz is unpacked to NYUD_MT.tgz.partial, which is then renamed to NYUD_MT.tgz.unpacked.
+    If the archive is damaged or holds something else, ValueError is raised before anything is
+    written. Returns the folder.
     """
     folder = archive.with_name(archive.name + ".unpacked")
     if folder.is_dir():
@@ -166,7 +168,7 @@ def unpack(name: str, archive: Path) -> Path:
         with tarfile.open(archive) as tar:
             for member in progress(members, "unpacked files"):
                 tar.extract(member, partial, filter="data")
-                os.utime(partial)                   # the sign of life
+                os.utime(partial)                   # tells `claim_folder` that work goes on
         (partial / STAMP).write_text(stamp(archive))
         partial.rename(folder)
     except BaseException:
@@ -178,8 +180,8 @@ def unpack(name: str, archive: Path) -> Path:
 def read_members(name: str, archive: Path) -> list[tarfile.TarInfo]:
     """Read a tar archive of dataset `name` to its end, and list the files and folders in it.
 
-    Raises ValueError if it is damaged, is not the dataset, or holds links, devices, or paths that
-    lead out of the folder that it is unpacked to.
+    Raises ValueError if the archive is damaged, is not the dataset, or holds links, devices, or
+    paths that lead out of the folder that it is unpacked to.
     """
     with reading(archive, f"an archive of {name}; fetch it again, see {PAGES}"):
         with tarfile.open(archive) as tar:
@@ -191,7 +193,8 @@ def read_members(name: str, archive: Path) -> list[tarfile.TarInfo]:
             outside = path.is_absolute() or ".." in path.parts
             if outside or not (member.isreg() or member.isdir()):
                 raise ValueError(f"refused, because {member.name!r} in it is not a plain file or "
-                                 f"folder. The published archives are documented at {PAGES}")
+                                 "folder, or leads out of the dataset's folder. The published "
+                                 f"archives are documented at {PAGES}")
         for split in ("train", "val"):
             expected = f"{SPLITS[name]}/{split}.txt"
             if not any(member.name.endswith(expected) for member in members):
@@ -201,10 +204,10 @@ def read_members(name: str, archive: Path) -> list[tarfile.TarInfo]:
 
 
 def claim_folder(folder: Path) -> None:
-    """Make a folder. If it exists, wait for the process that works in it to finish.
+    """Create a folder. If it exists, first wait for the process that works in it to finish.
 
-    A folder in which nothing has happened for a minute was left behind by a killed process, so it
-    is removed and made anew.
+    A folder in which nothing has changed for a minute was left behind by a killed process. It is
+    removed and created again.
     """
     while True:
         try:
@@ -221,7 +224,7 @@ def claim_folder(folder: Path) -> None:
 
 
 def stamp(archive: Path) -> str:
-    """The size and the time of change of an archive, by which a replaced one is noticed."""
+    """The size and the modification time of an archive, to notice when it has been replaced."""
     status = archive.stat()
     return f"{status.st_size} bytes, changed at {int(status.st_mtime)} s"
 
@@ -240,7 +243,7 @@ def check_stamp(root: Path) -> None:
 
 # --- files of any kind ----------------------------------------------------------------------------
 def read_image(path: Path, mode: str | None = "RGB") -> np.ndarray:
-    """An image file -> (H, W, 3) uint8. With mode None the values are returned as stored."""
+    """An image file -> (H, W, 3) uint8; (H, W) if mode is "L"; values as stored if it is None."""
     with reading(path, "an image"):
         with Image.open(path) as image:
             if mode is not None:
@@ -251,7 +254,8 @@ def read_image(path: Path, mode: str | None = "RGB") -> np.ndarray:
 def read_photo(path: Path) -> np.ndarray:
     """Any photo that Pillow can open -> (H, W, 3) uint8.
 
-    The photo is turned upright as its EXIF data say, and shrunk to at most 2048 pixels a side.
+    The photo is turned upright if its EXIF data ask for it, and shrunk to at most 2048 pixels per
+    side.
     """
     with reading(path, "a photo that Pillow can open"):
         with Image.open(path) as image:
@@ -262,10 +266,10 @@ def read_photo(path: Path) -> np.ndarray:
 
 
 def convert(image: Image.Image, mode: str) -> Image.Image:
-    """Convert an image to "RGB" or "L" (grey). Pillow itself would clip deep greys to 0..255.
+    """Convert an image to "RGB" or "L" (grey). Pillow would clip 16- and 32-bit greys to 0..255.
 
-    Greys of 16 bits are divided by 256. Greys of 32 bits, integers or floats, have no fixed range:
-    their smallest value becomes black, their largest white.
+    16-bit greys are divided by 256. 32-bit greys, integers or floats, have no fixed range: their
+    smallest value becomes black, their largest white.
     """
     if image.mode.startswith("I;16"):
         values = np.array(image) // 256
@@ -283,8 +287,8 @@ def convert(image: Image.Image, mode: str) -> Image.Image:
 def read_array(path: Path, integers: bool = False) -> np.ndarray:
     """A .npy file of floats -> float32, (H, W) or (H, W, channels). Pickled objects are refused.
 
-    integers: accept them as well. By default they are an error, because integers are often
-    millimetres, which would train as metres.
+    integers: accept integers as well. By default they are an error, because integers are often
+    millimetres, which would be taken for metres.
     """
     with reading(path, "a .npy file of numbers"):
         array = np.load(path, allow_pickle=False)
@@ -295,7 +299,7 @@ def read_array(path: Path, integers: bool = False) -> np.ndarray:
 
 
 def read_mat(path: Path, variable: str) -> np.ndarray | dict:
-    """One variable of a MATLAB file. Structs become dicts, arrays of structs lists of dicts."""
+    """One variable of a MATLAB file. Structs become dicts; arrays of structs, lists of dicts."""
     from scipy.io import loadmat        # scipy is needed only for PASCAL
     return loadmat(path, simplify_cells=True)[variable]
 
@@ -312,7 +316,8 @@ def read_ids(path: Path) -> list[str]:
 
 # --- labels ---------------------------------------------------------------------------------------
 def read_nyud_classes(path: Path) -> np.ndarray:
-    """Stored: 0 for void, 1 to 40 for the classes. Returned: 255 for void, 0 to 39."""
+    """Stored: 0 for void, 1 to 40 for the classes. Returned: 255 for void, 0 to 39 for the classes.
+    """
     label = read_image(path, mode=None)
     wrong = label[~np.isin(label, range(41))]
     if wrong.size:
@@ -330,9 +335,9 @@ def read_voc_classes(path: Path) -> np.ndarray:
 
 
 def read_mask(path: Path) -> np.ndarray:
-    """A black and white image -> (H, W) uint8 of 0 and 1. Greys above one half are 1.
+    """A black-and-white image -> (H, W) uint8 of 0 and 1. Greys above one half become 1.
 
-    An image with only one value besides 0 is a mask as well, whatever this value is.
+    If the image has only one value besides 0, that value becomes 1, however dark it is.
     """
     grey = read_image(path, mode="L")
     values = np.unique(grey[grey > 0])
@@ -343,7 +348,7 @@ def read_mask(path: Path) -> np.ndarray:
 def read_edges(path: Path) -> np.ndarray | None:
     """Edges from .npy (0 and 1) or .png (black and white) -> (H, W) uint8 of 0 and 1.
 
-    Returns None for an image without any edge: its edges were not labelled.
+    Returns None if there is no edge at all, because then the edges were not labelled.
     """
     if path.suffix == ".png":
         edges = read_mask(path)
@@ -393,17 +398,17 @@ def read_normals(path: Path) -> np.ndarray:
 
 
 def read_pascal_normals(path: Path, context: Path) -> np.ndarray:
-    """PASCAL's normals, which a network predicted, valid on the classes it was trained with.
+    """PASCAL's normals -> (H, W, 3) float32, set to (0, 0, 0) on classes that NYUD does not have.
 
-    That network was trained on NYUD, so normals count only where PASCAL-Context's .mat file
-    (variable LabelMap) has one of NYU_CLASSES.
+    The normals were predicted by a network that was trained on NYUD, so they count only where
+    PASCAL-Context's .mat file `context` (variable LabelMap) has one of NYU_CLASSES.
     """
     normals = read_normals(path)
     with reading(context, "an annotation of PASCAL-Context"):
         label = np.asarray(read_mat(context, "LabelMap"))
         if label.shape != normals.shape[:2]:
             raise ValueError(f"its LabelMap has shape {label.shape}, expected {normals.shape[:2]} "
-                             f"as {path}")
+                             f"as in {path}")
     known = np.isin(label, NYU_CLASSES)
     return normals * known[..., None].astype(np.uint8)
 
@@ -412,7 +417,7 @@ def read_parts(path: Path) -> np.ndarray | None:
     """PASCAL-Part's .mat file -> (H, W) uint8, 0 for the background and 1 to 6 for body parts.
 
     Returns None for an image without any person. Parsing is ten times slower than reading an
-    image, so the result is kept as a .png in the dataset's folder. The name holds a checksum of
+    image, so the result is kept as a .png in the dataset's folder. Its name holds a checksum of
     the .mat file, so that a changed file is parsed again.
     """
     checksum = zlib.crc32(path.read_bytes())
@@ -427,7 +432,7 @@ def read_parts(path: Path) -> np.ndarray | None:
 
 
 def parse_parts(annotation: dict) -> np.ndarray:
-    """The masks of all parts of all people as one label (H, W); (1, 1) without any person."""
+    """The masks of all parts of all people as one label (H, W), or (1, 1) if there are none."""
     label = np.zeros((1, 1), np.uint8)
     for figure in as_list(annotation["objects"]):
         if figure["class"] != "person":
@@ -457,7 +462,7 @@ def keep(label: np.ndarray, path: Path) -> None:
         Image.fromarray(label).save(temporary, "png")
         temporary.replace(path)
     except OSError:
-        if temporary.exists():      # a full disk; on a read-only one it was never made
+        if temporary.exists():      # the disk is full; on a read-only disk, no file was made
             temporary.unlink()
 
 
@@ -487,8 +492,9 @@ class Files(Dataset):
     """One split of NYUD-v2 or PASCAL-Context, read from the folder `root`.
 
     A sample holds "image" (3, H, W) uint8 and the labels of `tasks`: (H, W) uint8 or
-    (channels, H, W) float32. Raises ValueError if a label has another size than its image.
-    complete: raise ValueError at once if any file is missing. extras.check reports them all.
+    (channels, H, W) float32. Raises ValueError if a label does not have the size of its image.
+    complete: raise ValueError at once if any file is missing. (extras.check turns this off, to list
+    all missing files.)
     """
 
     def __init__(self, name: str, root: Path, split: str, tasks: Sequence[str],
@@ -507,7 +513,7 @@ class Files(Dataset):
                     self.paths(task, id)
 
     def paths(self, task: str, id: str) -> list[Path]:
-        """The files that a task's label (or "image") is read from. ValueError if one is missing."""
+        """The files of a task's label (or of "image"). Raises ValueError if one is missing."""
         paths = []
         for alternatives in self.layout[task][1:]:
             names = [pattern.format(id) for pattern in alternatives]
@@ -534,7 +540,7 @@ class Files(Dataset):
         expected = size + CHANNELS.get(task, ())
         if value.shape != expected:
             raise ValueError(f"{self.name}: {paths[0]} has shape {value.shape}, expected "
-                             f"{expected} as its image has")
+                             f"{expected}, as its image has {size[0]}x{size[1]} pixels")
         return value
 
     def __len__(self) -> int:

@@ -1,11 +1,11 @@
-"""Every knob of a run: its flag, its value for each dataset, and the reason for it.
+"""Every knob of a run: its flag, its default for each dataset, and the reason for it.
 
     python train.py --dataset nyud --help        # this table, as help text
     config = parse_arguments(["--dataset", "nyud", "--rank", "32"])
     config.rank, config.lr                       # 32, 1e-4
 
-Values are written as one would type them. A section or table without another source is one of
-arXiv 2509.19602. Your own dataset gets a column of its own by copying one:
+Values are written as you would type them. Sections and tables are those of arXiv 2509.19602, unless
+another paper is named. For your own dataset, copy the recipe of another one and change it:
 
     RECIPES["photos"] = {**RECIPES["nyud"], "tasks": "semseg,depth"}
 """
@@ -32,7 +32,7 @@ def number(low: float, high: float, convert: Callable = float) -> Callable[[str]
             value = convert(text)
         except ValueError:
             value = math.nan
-        if not low <= value <= high:        # also when the value is nan
+        if not low <= value <= high:        # also if the value is NaN
             what = "a whole number" if convert is int else "a number"
             raise argparse.ArgumentTypeError(f"expected {what} from {low} to {high}, got {text!r}")
         return value
@@ -44,12 +44,12 @@ def integer(low: int, high: int = 10 ** 9) -> Callable[[str], int]:
 
 
 def listed(parse_item: Callable, separator: str = ",") -> Callable[[str], tuple]:
-    """A parser for a list with at least one item and no empty one."""
+    """A parser for a list of at least one item, none of them empty."""
     def parse(text: str) -> tuple:
         items = text.split(separator)
         if "" in items:
-            raise argparse.ArgumentTypeError(f"expected values separated by {separator!r}, without "
-                                             f"an empty one, got {text!r}")
+            raise argparse.ArgumentTypeError(f"expected values separated by {separator!r}, none of "
+                                             f"them empty, got {text!r}")
         return tuple(parse_item(item) for item in items)
     return parse
 
@@ -63,8 +63,7 @@ def size(text: str) -> tuple[int, int]:
 
 
 def scales(text: str) -> tuple[float, ...]:
-    """"1,1.2,1.5" lists the zooms; "0.75:1.25" stands for 101 of them from the first to the last.
-    """
+    """"1,1.2,1.5" lists zoom factors; "0.75:1.25" means 101 evenly spaced ones in this range."""
     zoom = number(0.1, 10)
     if ":" not in text:
         return listed(zoom)(text)
@@ -80,10 +79,10 @@ FLAG = "flag"           # --compile; off unless given
 
 # --- the table ------------------------------------------------------------------------------------
 class Knob(NamedTuple):
-    """One flag. values: how it is typed; then its default for each dataset; then the reason."""
+    """One flag, its default for each dataset, and the text that --help shows."""
 
     name: str
-    values: Any         # a parser, a tuple of choices, SWITCH or FLAG
+    values: Any         # allowed values: a parser, a tuple of choices, SWITCH or FLAG
     rooms: Any
     nyud: Any
     pascal: Any
@@ -98,87 +97,100 @@ def same(name: str, values: Any, default: Any, reason: str) -> Knob:
 WORKERS = min(4, os.cpu_count() or 1)
 TABLE = {
     "data": [
-        Knob("tasks", listed(str), "semseg,human_parts,edge,depth,normals", "semseg,normals,depth",
-             "semseg,human_parts,sal,normals", "tasks to learn; each has a decoder"),
+        Knob("tasks", listed(str), "human_parts,sal,depth,normals", "semseg,normals,depth",
+             "semseg,human_parts,sal,normals", "tasks to learn; each gets a decoder"),
         same("data_root", str, "data", "folder of the dataset, or its archive"),
         same("download", FLAG, False, "fetch the dataset's archive into --data-root"),
-        same("train_rooms", integer(1, 10 ** 5), 400, "rooms: number of training images"),
+        same("train_rooms", integer(1, 10 ** 5), 600, "rooms: number of training images"),
         same("val_rooms", integer(1, 10 ** 5), 64, "rooms: number of validation images"),
-        Knob("size", size, "112", "448", "448", "images are resized to it: H, or HxW (section 4.1)"),
+        same("room_seed", integer(0, 2 ** 32), 0, "rooms: seed of the training rooms; the "
+             "validation rooms are always the same"),
+        Knob("size", size, "112", "448", "448", "size of the network's input: 448 for a "
+             "square, or HEIGHTxWIDTH (section 4.1)"),
         Knob("workers", integer(0, 256), 0, WORKERS, WORKERS, "processes that load data; rooms are "
              "kept in memory and need none"),
         Knob("cache", SWITCH, True, False, False, "keep all decoded images in memory"),
     ],
     "augmentation": [
-        same("flip", SWITCH, True, "mirror half of the images"),
-        Knob("scales", scales, "1", "1,1.2,1.5", "0.75:1.25", "zoom by one of these, or by LOW:HIGH; "
-             "rooms are too small to zoom"),
-        Knob("rotate", number(0, 180), 0, 0, 20, "turn by up to this many degrees"),
+        same("flip", SWITCH, True, "mirror each image with probability 1/2"),
+        Knob("scales", scales, "1", "1,1.2,1.5", "0.75:1.25", "zoom by one of these factors, or by "
+             "one in a range LOW:HIGH; images of rooms are too small to zoom"),
+        Knob("rotate", number(0, 180), 0, 0, 20, "turn each image by up to this many degrees"),
     ],
     "network": [
         Knob("backbone", str, "mini", "tiny", "tiny", "a preset of swin.py (mini, tiny, small, "
              "base) or of extras/pvt.py (pvt_v2_b0 ... pvt_v2_b5)"),
-        Knob("weights", str, "rooms_mini.pth", "imagenet", "imagenet", "imagenet, torchvision, none "
-             "(random), or the path of a checkpoint"),
+        Knob("weights", str, "rooms_mini.pth", "imagenet", "imagenet", "pretrained backbone: "
+             "imagenet, torchvision, none (random), or the path of a checkpoint"),
         Knob("rank", integer(1, 4096), 20, 63, 64, "combined rank of a linear layer's adapters, "
-             "split by group size (4.3); nyud's 63 divides by three tasks"),
+             "split by group size (4.3); nyud's 63 is divisible by its three tasks"),
         Knob("last_rank", integer(1, 4096), None, None, 4, "rank per task in the last stage, "
              "whatever --rank is (4.3)"),
-        same("layers", ("attn", "attn+mlp", "attn+mlp+others"), "attn+mlp",
-             "linear layers that get adapters; others: also train norms and patch layers (table 1)"),
-        Knob("dropout", number(0, 0.99), 0, 0.05, 0.05, "on the adapters' input; the few epochs of "
-             "rooms do not overfit"),
-        Knob("drop_path", number(0, 0.99), 0, 0.2, 0.2, "stochastic depth of the deepest block"),
+        same("layers", ("attn", "attn+mlp", "attn+mlp+others"), "attn+mlp", "linear layers that "
+             "get adapters; with others, norms, patch layers and position biases are trained too "
+             "(table 1)"),
+        Knob("dropout", number(0, 0.99), 0, 0.05, 0.05, "dropout on the adapters' input; rooms are "
+             "trained too briefly to overfit"),
+        Knob("drop_path", number(0, 0.99), 0, 0.2, 0.2, "stochastic depth: rate of the last block, "
+             "rising from 0 in the first"),
         Knob("fused", listed(integer(1, 4096)), "6,12,24,48", "18,36,72,144", "18,36,72,144",
-             "channels that the decoders project the four maps to (HRNet-W18's)"),
+             "channels that the decoders project the four maps to; 18,36,72,144 are the widths of "
+             "HRNet W18"),
     ],
     "similarity and tree": [
         same("groups", listed(integer(1)), None, "number of task groups in each of the four "
              "stages; default: the paper's for this many tasks (4.4)"),
         same("tree", str, None, "use the tree in this file (tree.json of a run)"),
-        Knob("sim_images", integer(1), 128, 200, 200, "training images that the similarity is "
-             "measured on; ours, the paper gives no number"),
-        Knob("head_epochs", integer(1), 6, 20, 20, "epochs that train the decoders on them first "
-             "(4.4); our number"),
-        same("head_lr", number(1e-9, 10), 2e-3, "learning rate of these decoders; it falls to 0"),
-        same("normalize", ("none", "elementwise"), "none", "normalisation in eq. 2; elementwise is Task2Vec's"),
-        same("tree_only", FLAG, False, "stop when the tree is known"),
+        Knob("sim_images", integer(1), 192, 200, 200, "number of training images to measure the "
+             "similarity on; our choice, because the paper gives no number"),
+        Knob("head_epochs", integer(1), 6, 20, 20, "epochs of training the decoders on those "
+             "images before that (4.4); our choice"),
+        same("head_lr", number(1e-9, 10), 2e-3, "learning rate of that training; falls linearly "
+             "to 0"),
+        same("normalize", ("none", "elementwise"), "none", "normalisation in eq. 2; elementwise is "
+             "Task2Vec's"),
+        same("tree_only", FLAG, False, "write the tree and stop, without training"),
     ],
     "optimisation": [
         Knob("epochs", integer(1), 4, 300, 300, "passes over the training images (section 7)"),
         Knob("batch_size", integer(1), 8, 6, 32, "images per step (section 7)"),
-        same("accumulate", integer(1), 1, "compute a batch in this many parts to save memory; "
+        same("accumulate", integer(1), 1, "compute each batch in this many parts, to save memory; "
              "BatchNorm and class balance then see one part at a time"),
-        Knob("lr", number(1e-12, 10), 2e-3, 1e-4, 3.125e-5, "peak learning rate; pascal's "
-             "published 5e-4 is scaled there by batch / 512 = 32 / 512"),
-        same("warmup", number(0, 0.99), 20 / 300, "share of the run before the peak: 20 of the "
-             "paper's 300 epochs"),
-        same("weight_decay", number(0, 10), 0.05, "not on 1-D weights and bias tables (section 7)"),
-        same("clip", number(1e-6, 1e6), 5.0, "largest norm of the gradient, as in MTLoRA's code"),
+        Knob("lr", number(1e-12, 10), 2e-3, 1e-4, 3.125e-5, "peak learning rate; pascal's is the "
+             "published 5e-4 times batch size / 512, a scaling that MTLoRA's code applies"),
+        same("warmup", number(0, 0.99), 20 / 300, "share of the run before the peak learning rate; "
+             "in the paper 20 of 300 epochs"),
+        same("weight_decay", number(0, 10), 0.05, "of AdamW; 1-D weights and bias tables have none "
+             "(section 7)"),
+        same("clip", number(1e-6, 1e6), 5.0, "limit on the norm of the gradient, as in MTLoRA's "
+             "code"),
         same("seed", integer(0, 2 ** 32), 0, "the same seed gives the same run"),
     ],
     "machine": [
         same("device", str, "cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, mps ..."),
-        same("amp", ("auto", "bf16", "fp16", "off"), "auto", "mixed precision; auto: on CUDA"),
+        same("amp", ("auto", "bf16", "fp16", "off"), "auto", "mixed precision; auto: only on CUDA"),
         same("compile", FLAG, False, "use torch.compile: minutes of compiling, then faster steps"),
     ],
     "the run": [
-        same("out", str, None, "folder of the run, which must not exist; default runs/DATASET"),
+        same("out", str, None, "folder of the run, which must not exist yet; default runs/DATASET"),
         same("resume", FLAG, False, "continue the run in --out with its own flags"),
         Knob("eval_every", integer(1), 1, 20, 20, "epochs between two evaluations"),
         Knob("log_every", integer(1), 10, 20, 20, "steps between two log lines"),
-        same("baseline", listed(str), None, "metrics.json of single-task runs, one or one per "
-             "task: the best epoch is then chosen by delta-m"),
+        same("baseline", listed(str), None, "metrics.json of single-task runs: one file for all "
+             "tasks, or one per task; the best epoch is then chosen by delta-m"),
     ],
 }
-DATASET_HELP = "rooms (rendered, nothing to download), nyud, pascal, or one you registered"
-METHOD_HELP = ("tglora (default); full: fine-tune everything; decoders: train nothing else; and from "
-               "extras/ the methods mtlora, mtlora+ and bdta")
+DATASET_HELP = ("rooms (default; rendered, nothing to download), nyud, pascal, or your own after "
+                "its file is imported")
+METHOD_HELP = ("tglora (default); full: fine-tune everything; decoders: train only the decoders; "
+               "mtlora, mtlora+ and bdta: see extras/")
 
-RECIPES = {dataset: {knob.name: getattr(knob, dataset) for knobs in TABLE.values() for knob in knobs}
+RECIPES = {dataset: {knob.name: getattr(knob, dataset)
+                     for knobs in TABLE.values() for knob in knobs}
            for dataset in ("rooms", "nyud", "pascal")}
 
-# --method bdta on photographs: section 4.1 of its paper. It names no dropout and no warm-up.
+# --method bdta, except on rooms: section 4.1 of its paper, which mentions neither dropout nor
+# warm-up.
 BDTA = dict(batch_size=8, lr=4e-4, weight_decay=1e-4, warmup=0, dropout=0, drop_path=0)
 
 # Flags that a method has no use for. Giving one is an error, because it would change nothing.
@@ -192,42 +204,34 @@ UNUSED = {
     "decoders": NO_GROUPS | {"rank", "dropout"},
 }
 
-# Flags that may differ when a run is continued.
+# Flags that may be changed when a run is resumed.
 MAY_CHANGE = {"out", "resume", "data_root", "download", "device", "workers", "cache", "log_every",
               "compile"}
 
 
 # --- numbers of groups ----------------------------------------------------------------------------
 def paper_groups(num_tasks: int) -> tuple[int, ...]:
-    """One group in the first stage, one per task in the last, and in between one more per stage
-    (section 4.4): 1,2,3,4 for four tasks, 1,1,2,3 for three."""
+    """The number of groups in each stage: 1,2,3,4 for four tasks, 1,1,2,3 for three (section 4.4).
+
+    The first stage has one group. The others have T - 2, T - 1 and T groups, but at least one.
+    """
     return 1, max(1, num_tasks - 2), max(1, num_tasks - 1), num_tasks
-
-
-def default_groups(config: argparse.Namespace) -> tuple[int, ...]:
-    """The paper's numbers, except for the five tasks of the demonstration: with 1,3,4,5 its groups
-    would depend on the seed."""
-    if config.method != "tglora":
-        return 1, 1, 1, 1
-    if config.dataset == "rooms" and ",".join(config.tasks) == RECIPES["rooms"]["tasks"]:
-        return 1, 2, 2, 5
-    return paper_groups(len(config.tasks))
 
 
 # --- the command line -----------------------------------------------------------------------------
 def make_parser(recipe: dict[str, Any], dataset: str) -> argparse.ArgumentParser:
     """A parser of all flags that returns only those that were typed."""
     parser = argparse.ArgumentParser(
-        description="Train TGLoRA on one or more GPUs, or on a CPU. recipes.py has this table of "
-        f"flags. The defaults shown are those of --dataset {dataset}.",
+        description="Train TGLoRA on one or more GPUs, or on a CPU. recipes.py lists all flags. "
+        f"The defaults shown are those of --dataset {dataset}.",
         argument_default=argparse.SUPPRESS, allow_abbrev=False)
     parser.add_argument("--dataset", choices=list(RECIPES), help=DATASET_HELP)
     parser.add_argument("--method", choices=METHODS, help=METHOD_HELP)
     for title, knobs in TABLE.items():
         group = parser.add_argument_group(title)
         for knob in knobs:
-            reason = knob.reason.replace("%", "%%")
-            options = {"help": f"{reason} (default: {recipe[knob.name]})"}
+            reason, default = knob.reason.replace("%", "%%"), recipe[knob.name]
+            options = {"help": reason if default is None else f"{reason} (default: {default})"}
             if knob.values == FLAG:
                 options = {"help": reason, "action": "store_true", "default": argparse.SUPPRESS}
             elif knob.values == SWITCH:
@@ -241,9 +245,9 @@ def make_parser(recipe: dict[str, Any], dataset: str) -> argparse.ArgumentParser
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """All knobs of a run, by name: those typed, and the dataset's recipe for the rest.
+    """All settings of a run: the flags that were typed, and the dataset's recipe for the rest.
 
-    With --resume, the rest is read from the run's last.pt (ValueError if it cannot be read).
+    With --resume, the rest comes from the run's last.pt instead; ValueError if it cannot be read.
     Exits with a usage message if a flag is wrong.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -265,7 +269,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--{useless[0].replace('_', '-')} has no effect with --method "
                      f"{config.method}; leave it out")
     config.out = config.out or f"runs/{config.dataset}"
-    config.groups = config.groups or default_groups(config)
+    if config.method != "tglora":
+        config.groups = (1, 1, 1, 1)
+    config.groups = config.groups or paper_groups(len(config.tasks))
     for name in ("groups", "fused"):
         if len(getattr(config, name)) != 4:
             parser.error(f"--{name} needs four numbers, one for each stage of the backbone")
@@ -285,7 +291,11 @@ def defaults(recipe: dict[str, Any]) -> dict[str, Any]:
 
 def continued(out: str, typed: dict[str, Any],
               parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The settings of the run in `out`, with the typed flags that may change."""
+    """The settings of the run in `out`, updated by the typed flags.
+
+    Exits with a usage message if a typed flag may not be changed. Raises ValueError if last.pt is
+    missing or damaged.
+    """
     path = Path(out) / "last.pt"
     if not path.is_file():
         raise ValueError(f"nothing to resume: no file {path}; start the run without --resume")

@@ -1,8 +1,8 @@
 """How a run shows its results: the table of metrics, predictions as pictures, curves, the tree.
 
-A picture is a tensor (3, H, W) with values from 0 to 1. Each task knows the colours of its own
-values (`colours` in tasks.py). Drawing is Pillow's, which comes with torchvision.
-Shapes: H W pixels.
+A picture is a tensor (3, H, W) with values from 0 to 1, where H W are pixels. Each task knows the
+colours of its own values (`colours` in tasks.py). Files are drawn with Pillow, which torchvision
+needs anyway.
 """
 
 import json
@@ -34,9 +34,11 @@ def format_line(tasks: Sequence, result: dict) -> str:
 
 def format_table(tasks: Sequence, result: dict, reference: dict,
                  size: tuple[int, int] | None) -> str:
-    """The answer of `evaluate`, one metric per line, next to the best constant prediction's.
+    """The result of `evaluate` as a table: each metric next to the best constant prediction's.
 
-    The star marks the metric that papers compare; up or down says which way is better.
+    reference: metrics of the best constant, from eval.reference. size: (H, W) of the images, or
+    None if they kept their own. A star marks the metric that papers compare; up or down says which
+    way is better.
     """
     where = f"at {size[0]}x{size[1]}" if size else "at their own size"
     rows = [f"{result['images']} images {where}, loss {result['loss']:.4f}",
@@ -52,10 +54,10 @@ def format_table(tasks: Sequence, result: dict, reference: dict,
             rows.append(row)
         if nan:
             rows.append(f"{task.name:<13}the prediction is not a number (NaN) at {nan:,} of "
-                        f"{pixels:,} valid pixels, so its metrics are not numbers either")
+                        f"{pixels:,} valid pixels, so its metrics are NaN")
         if not pixels:
             rows.append(f"{task.name:<13}no image has a label for this task, so its metrics and "
-                        "delta-m are not numbers")
+                        "delta-m are NaN")
     if "delta_m" in result:
         rows.append(f"delta-m {result['delta_m']:+.2f} %")
     return "\n".join(rows)
@@ -63,81 +65,109 @@ def format_table(tasks: Sequence, result: dict, reference: dict,
 
 # --- predictions ----------------------------------------------------------------------------------
 def legend(task) -> list[tuple[str, Tensor]]:
-    """(caption, colour (3,)) of a task's classes, or of its marked values."""
+    """(caption, colour (3,)) for each entry of `task.marks`, which is {caption: label value}."""
     entries = []
-    for i, name in enumerate(getattr(task, "names", ())):
-        entries.append((name, task.colours(torch.tensor([[i]]))[:, 0, 0]))
-    for mark in getattr(task, "marks", ()):
-        entries.append((f"{mark} m", task.colours(torch.full((1, 1, 1), float(mark)))[:, 0, 0]))
+    for caption, value in getattr(task, "marks", {}).items():
+        label = torch.tensor(value).view(-1, 1, 1)
+        if task.kind == "classes":
+            label = label[0]                                # (1, 1)
+        entries.append((caption, task.colours(label)[:, 0, 0]))
     return entries
 
 
-def draw_grid(path: Path, titles: Sequence[str], rows: Sequence[Sequence[Tensor]],
-              tasks: Sequence) -> None:
-    """Write a PNG of equally large pictures: a title above each column, legends at the bottom."""
-    height, width = rows[0][0].shape[1:]
-    font = ImageFont.load_default(max(11, width // 24))
-    line = round(1.5 * font.size)
-    column = 8 + max(width, *(round(font.getlength(title)) for title in titles))
-    total_width = column * len(titles)
-    top_of_legend = line + (height + 2) * len(rows)
+def place_legends(tasks: Sequence, font: ImageFont.FreeTypeFont, line: int, left: int,
+                  right: int) -> list[tuple[float, int, str, Tensor | None]]:
+    """Lay out all legends: (x, line number, text, colour of the square in front of the text).
 
-    words = []                                  # (x, y, text, colour) of the legends
-    x, y = 0, top_of_legend
-    for task in tasks:
-        entries = legend(task)
-        if not entries:
+    They fill the width from left to right, and `line` is the height of a line in pixels. Each
+    task's name, which has no square, is followed by its captions. They wrap in a column next to it.
+    """
+    words, number = [], 0
+    indent = left + line + max(font.getlength(f"{task.name}:") for task in tasks)
+    entries = {f"{task.name}:": legend(task) for task in tasks}
+    entries["black:"] = [("no ground truth", torch.zeros(3))]
+    for name, captions in entries.items():
+        if not captions:
             continue
-        for text, colour in [(f"{task.name}:", torch.ones(3)), *entries]:
-            wide = 2 * line + font.getlength(text)
-            if x + wide > total_width:
-                x, y = line, y + line
-            words.append((x, y, text, colour))
-            x += wide
-        x, y = 0, y + line
+        words.append((left - line, number, name, None))
+        x = indent
+        for caption, colour in captions:
+            width = 2 * line + font.getlength(caption)
+            if x > indent and x + width > right:
+                x, number = indent, number + 1
+            words.append((x, number, caption, colour))
+            x += width
+        number += 1
+    return words
 
-    picture = Image.new("RGB", (total_width, y + line // 2), "white")
+
+def draw_grid(path: Path, titles: Sequence[str],
+              rows: Sequence[tuple[str, Sequence[Tensor | None]]], tasks: Sequence) -> None:
+    """Write a PNG of equally large pictures, with legends at the bottom.
+
+    titles: one above each column. rows: (name, pictures); the name is written on the left, and a
+    picture may be None. Pictures smaller than 200 pixels are enlarged.
+    """
+    height, width = next(picture.shape[1:] for _, row in rows for picture in row
+                         if picture is not None)
+    zoom = math.ceil(200 / max(height, width))
+    height, width = zoom * height, zoom * width
+    font = ImageFont.load_default(max(13, width // 24))
+    line, gap = round(1.5 * font.size), 8
+    left = gap + round(max(font.getlength(name) for name, _ in rows)) + gap
+    column = gap + max(width, *(round(font.getlength(title)) for title in titles))
+    right = left + column * len(titles)
+    legend_top = gap + line + (height + gap) * len(rows)
+    words = place_legends(tasks, font, line, gap, right)
+    bottom = legend_top + line * (words[-1][1] + 1) + gap
+
+    picture = Image.new("RGB", (right, bottom), "white")
     pen = ImageDraw.Draw(picture)
     for i, title in enumerate(titles):
-        pen.text((i * column, 0), title, "black", font)
-    for j, row in enumerate(rows):
-        for i, image in enumerate(row):
-            image = to_pil_image(image.cpu().float().clamp(0, 1))
-            picture.paste(image, (i * column, line + j * (height + 2)))
-    for x, y, text, colour in words:
-        red, green, blue = (colour * 255).int().tolist()
-        pen.rectangle((x, y, x + font.size, y + font.size), (red, green, blue))
+        pen.text((left + i * column, gap), title, "black", font)
+    for j, (name, row) in enumerate(rows):
+        top = gap + line + j * (height + gap)
+        pen.text((gap, top), name, "black", font)
+        for i, tile in enumerate(row):
+            if tile is not None:
+                tile = to_pil_image(tile.cpu().float().clamp(0, 1))
+                tile = tile.resize((width, height), Image.Resampling.NEAREST)
+                picture.paste(tile, (left + i * column, top))
+    for x, number, text, colour in words:
+        y = legend_top + number * line
+        if colour is not None:
+            square = x, y, x + font.size, y + font.size
+            pen.rectangle(square, tuple((colour * 255).int().tolist()), outline="gray")
         pen.text((x + line, y), text, "black", font)
     picture.save(path)
 
 
 @torch.no_grad()
 def draw_samples(path: Path, predict: Callable, tasks: Sequence, dataset, size: tuple[int, int],
-                 device: torch.device, count: int = 4) -> None:
-    """Draw the first samples of `dataset`: the image, then ground truth and prediction per task."""
-    titles = ["image"]
-    for task in tasks:
-        titles += [f"{task.name}: ground truth", f"{task.name}: prediction"]
+                 device: torch.device, count: int = 2) -> None:
+    """Draw the first `count` samples: the ground truth of each task above its prediction."""
     rows = []
     for i in range(min(count, len(dataset))):
         batch = collate([dataset[i]])
         image, labels = warp(batch, size, device)
         predictions = predict(image)
         photo = batch["image"].float() / 255
-        row = [F.interpolate(photo, size, mode="bilinear", antialias=True)[0]]
+        truth = [F.interpolate(photo, size, mode="bilinear", antialias=True)[0]]
+        prediction = [None]
         for task in tasks:
-            row.append(task.colours(labels[task.name][0].cpu()))
-            row.append(task.colours(predictions[task.name][0].float().cpu()))
-        rows.append(row)
-    draw_grid(path, titles, rows, tasks)
+            truth.append(task.colours(labels[task.name][0].cpu()))
+            prediction.append(task.colours(predictions[task.name][0].float().cpu()))
+        rows += [("ground truth", truth), ("prediction", prediction)]
+    draw_grid(path, ["image", *(task.name for task in tasks)], rows, tasks)
 
 
 def draw_photos(photos: Sequence[Path], folder: Path, predict: Callable, tasks: Sequence,
                 size: tuple[int, int] | None, device: torch.device) -> list[Path]:
-    """Draw every task's prediction for each photo, at the photo's size, as
-    folder/NAME.predicted.png. Returns the paths.
+    """Draw every task's prediction for each photo, as folder/NAME.predicted.png.
 
-    A photo that cannot be read does not stop the others: ValueError names it at the end.
+    Predictions have the size of the photo. size: (H, W) of the network's input; None means the
+    photo's own. Returns the paths. A photo that cannot be read does not stop the others: a
+    ValueError at the end names it.
     """
     errors, paths = [], []
     for photo in photos:
@@ -154,6 +184,7 @@ def draw_photos(photos: Sequence[Path], folder: Path, predict: Callable, tasks: 
 @torch.no_grad()
 def draw_photo(photo: Path, folder: Path, predict: Callable, tasks: Sequence,
                size: tuple[int, int] | None, device: torch.device) -> Path:
+    """`draw_photos` for one photo. Raises ValueError if it cannot be read or is too small."""
     pixels = torch.from_numpy(read_photo(photo)).permute(2, 0, 1)       # (3, H, W)
     own_size = tuple(pixels.shape[1:])
     if min(own_size) < 4:
@@ -169,19 +200,20 @@ def draw_photo(photo: Path, folder: Path, predict: Callable, tasks: Sequence,
     while path.exists():                        # never overwrite an earlier prediction
         path = folder / f"{photo.stem}.predicted-{copy}.png"
         copy += 1
-    draw_grid(path, ["image", *(task.name for task in tasks)], [row], tasks)
+    draw_grid(path, ["image", *(task.name for task in tasks)], [("", row)], tasks)
     return path
 
 
 # --- curves ---------------------------------------------------------------------------------------
-PLOT = 260, 170         # width and height of one plot, in pixels
-MARGIN = 42             # space around it for the title and the numbers
+PLOT = 260, 170         # width and height of a plot's frame, in pixels
+MARGIN = 60             # space around the frame for the title and the numbers
+SMALL = 13              # font size
 
 
 def draw_curves(path: Path, log: Path, tasks: Sequence) -> None:
-    """Write a PNG from log.jsonl: for each task, its training loss and its metric over the steps.
-    """
+    """Write a PNG from log.jsonl: each task's training loss and, below it, its metric."""
     lines = [json.loads(line) for line in log.read_text().splitlines()]
+    last_step = max(line["step"] for line in lines)
     width, height = PLOT[0] + 2 * MARGIN, PLOT[1] + 2 * MARGIN
     picture = Image.new("RGB", (len(tasks) * width, 2 * height), "white")
     pen = ImageDraw.Draw(picture)
@@ -192,37 +224,46 @@ def draw_curves(path: Path, log: Path, tasks: Sequence) -> None:
                 metrics.append((line["step"], line["results"][task.name][task.metric]))
             else:
                 losses.append((line["step"], line["loss"][task.name]))
-        better = "up" if task.higher_is_better else "down"
-        draw_plot(pen, i * width, 0, f"{task.name}: training loss", losses)
-        draw_plot(pen, i * width, height, f"{task.name}: {task.metric}, {better} is better", metrics)
+        direction = "higher" if task.higher_is_better else "lower"
+        draw_plot(pen, i * width, 0, f"{task.name}: training loss", losses, last_step)
+        title = f"{task.name}: {task.metric} ({direction} is better)"
+        draw_plot(pen, i * width, height, title, metrics, last_step)
     picture.save(path)
 
 
 def draw_plot(pen: ImageDraw.ImageDraw, x: int, y: int, title: str,
-              points: Sequence[tuple[float, float | None]]) -> None:
-    """One curve in a frame with its top left corner at (x, y), with the ends of both axes."""
+              points: Sequence[tuple[float, float | None]], last_step: int) -> None:
+    """Draw one plot, whose top left corner is at (x, y): a frame with a margin on all sides.
+
+    points: (step, value); a value that is None or not finite is left out. Each axis has a number
+    at both ends.
+    """
+    font = ImageFont.load_default(SMALL)
     left, top = x + MARGIN, y + MARGIN
     right, bottom = left + PLOT[0], top + PLOT[1]
-    pen.text((left, top - 24), title, fill="black")
+    pen.text((left, top - 24), title, "black", font)
     pen.rectangle((left, top, right, bottom), outline="silver")
     points = [(step, value) for step, value in points
               if value is not None and math.isfinite(value)]
     if not points:
         return
-    steps, values = zip(*points)
+    values = [value for _, value in points]
     low, high = min(values), max(values)
-    spread = (high - low) or 1
+    if low == high:                                 # draw a constant in the middle
+        low, high = low - 1, high + 1
     curve = []
     for step, value in points:
-        curve.append((left + PLOT[0] * step / max(steps), bottom - PLOT[1] * (value - low) / spread))
+        curve.append((left + PLOT[0] * step / last_step,
+                      bottom - PLOT[1] * (value - low) / (high - low)))
     pen.line(curve, fill="royalblue", width=2)
     if len(curve) < 30:
         for px, py in curve:
             pen.ellipse((px - 2, py - 2, px + 2, py + 2), fill="royalblue")
-    pen.text((left - 4, top), f"{high:.3g}", fill="gray", anchor="ra")
-    pen.text((left - 4, bottom - 12), f"{low:.3g}", fill="gray", anchor="ra")
-    pen.text((left, bottom + 4), "step 0", fill="gray")
-    pen.text((right, bottom + 4), f"{max(steps)}", fill="gray", anchor="ra")
+    pen.text((left - 6, top), f"{high:.3g}", "dimgray", font, anchor="rm")
+    pen.text((left - 6, bottom), f"{low:.3g}", "dimgray", font, anchor="rm")
+    pen.text((left, bottom + 6), "0", "dimgray", font, anchor="ma")
+    pen.text(((left + right) / 2, bottom + 6), "step", "dimgray", font, anchor="ma")
+    pen.text((right, bottom + 6), f"{last_step}", "dimgray", font, anchor="ma")
 
 
 # --- the tree -------------------------------------------------------------------------------------
@@ -237,35 +278,46 @@ def draw_tree(path: Path, source: Path) -> None:
     """
     saved = json.loads(source.read_text())
     tasks, tree, similarity = saved["tasks"], saved["tree"], saved.get("similarity")
+    choices = saved.get("choices") or [None] * len(tree)
     order = sorted(tasks, key=lambda task: [[task not in group for group in stage]
                                             for stage in tree])
-    font = ImageFont.load_default(13)
+    font = ImageFont.load_default(SMALL)
     wide = round(24 + max(font.getlength(text) for text in ["-0.123 ± 0.123", *tasks]))
-    top = ROW * (len(tasks) + 2) if similarity else ROW // 2            # of the tree
-    picture = Image.new("RGB", (wide * (len(tasks) + 1), top + 2 * ROW * len(tree)), "white")
+    width = wide * (len(tasks) + 1)
+    tree_top = ROW * (len(tasks) + 3) if similarity else 0
+    picture = Image.new("RGB", (width, tree_top + ROW * (2 * len(tree) + 1)), "white")
     pen = ImageDraw.Draw(picture)
 
+    def title(y: int, text: str) -> None:
+        pen.text((10, y + ROW / 2), text, "black", font, anchor="lm")
+
     def box(column: int, y: int, texts: Sequence[str], **colours) -> None:
-        """A box around `texts`, one per column; the first column of the picture is number -1."""
+        """A box around `texts`, one per column. Column -1 is the first one of the picture."""
         left, right = wide * (column + 1), wide * (column + 1 + len(texts))
         pen.rounded_rectangle((left + 4, y + 2, right - 4, y + ROW - 2), 6, **colours)
         for i, text in enumerate(texts):
             pen.text((left + wide * (i + 0.5), y + ROW / 2), text, "black", font, anchor="mm")
 
     if similarity:
+        title(0, "Similarity of the tasks' gradients ± standard error")
         for i, task in enumerate(order):
-            box(i, 0, [task])
-            box(-1, ROW * (i + 1), [task])
+            y = ROW * (i + 2)
+            box(i, ROW, [task])
+            box(-1, y, [task])
             for j, other in enumerate(order):
                 t, u = tasks.index(task), tasks.index(other)
                 value, error = similarity[t][u], saved["standard_error"][t][u]
                 text = f"{value:.3f} ± {error:.3f}" if error else f"{value:.3f}"
                 pale = round(255 - 120 * abs(value) ** 0.5)
                 colour = (pale, pale, 255) if value > 0 else (255, pale, pale)
-                box(j, ROW * (i + 1), [text], fill=colour)
-    for i, stage in enumerate(tree):
-        y = top + 2 * ROW * i
+                box(j, y, [text], fill=colour)
+    title(tree_top, "The tree: tasks in one box share their adapters")
+    for i, (stage, choice) in enumerate(zip(tree, choices)):
+        y = tree_top + ROW * (2 * i + 1)
         box(-1, y, [f"stage {i + 1}"])
+        if choice:
+            words = "decided" if choice["decided"] else "not decided"
+            pen.text((wide / 2, y + ROW), words, "dimgray", font, anchor="mm")
         for group in stage:
             first = min(order.index(task) for task in group)
             middle = wide * (first + 1 + len(group) / 2)

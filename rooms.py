@@ -1,16 +1,16 @@
-"""Rendered rooms: a small ray caster that gives images with exact labels, at any seed and size.
+"""Rendered rooms: a small ray caster that gives images with exact labels, of any size.
 
-A room contains boxes, spheres, cylinders and sometimes a person made of capsules. Surfaces have
-textures and one lamp lights them; the nearest object is the salient one. There is nothing to
-download and no label noise, so the whole method can be run, taught and tested on these images.
-Room (seed, split, i) is the same on every machine.
+A room contains a person made of capsules, and up to seven objects: furniture made of boxes,
+spheres and cylinders. Surfaces have textures, and one lamp lights them. The nearest object or
+person is the salient one. There is nothing to download and no label noise, so the whole method can
+be run, taught and tested on these images. Room (seed, split, i) is the same on every machine.
 
     sample = render_room((0, 0, 7), 112, 112)       # the image and all labels
 
 World coordinates are in metres: x and y on the floor, z up. A ray is o + t * d. Each `hit_...`
 function takes rays from o (3,) along d (P, 3), and returns t (P,) of the nearest hit, inf if the
-ray misses, and the surface normal there (P, 3). P is the number of pixels. The order in which
-random numbers are drawn defines a room: changing it changes every image.
+ray misses, and the surface normal there (P, 3). P is the number of rays. The order in which random
+numbers are drawn defines a room: changing it changes every image.
 """
 
 from collections.abc import Sequence
@@ -24,12 +24,18 @@ from torch.utils.data import Dataset
 
 ROOM_CLASSES = ("floor", "ceiling", "wall", "box", "sphere", "cylinder", "person")
 FLOOR, CEILING, WALL, BOX, SPHERE, CYLINDER, PERSON = range(7)
-HEAD, TORSO, UPPER_ARM, LOWER_ARM, UPPER_LEG, LOWER_LEG = range(1, 7)       # as in PASCAL; 0: none
+HEAD, TORSO, UPPER_ARM, LOWER_ARM, UPPER_LEG, LOWER_LEG = range(1, 7)       # 0: no person
 SALIENT = 0.01                  # a salient object covers at least this share of the image
-FOLD = np.cos(np.deg2rad(30))   # where the normals of neighbours differ by more, there is an edge
+HIDDEN = 0.3                    # each object may hide at most this share of the visible person
+FOLD = np.cos(np.deg2rad(30))   # an edge is where the normals of neighbouring pixels differ by more
 
 
 # --- shapes ---------------------------------------------------------------------------------------
+def dot(a: Array, b: Array) -> Array:
+    """The dot product of each row of a (P, 3) with the same row of b: (P,)."""
+    return np.einsum("pc,pc->p", a, b)
+
+
 def hit_slabs(o: Array, d: Array, low: Array, high: Array, inside: bool) -> tuple[Array, Array]:
     """An axis-aligned box from `low` to `high`, seen from outside, or from inside (the room)."""
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -52,10 +58,14 @@ def hit_slabs(o: Array, d: Array, low: Array, high: Array, inside: bool) -> tupl
 
 
 def hit_sphere(o: Array, d: Array, radius: float) -> tuple[Array, Array]:
-    """A sphere around the origin. With o and d projected on a plane, it is an endless cylinder."""
-    a = (d * d).sum(1)                                                  # |o + t d|^2 = radius^2
-    b = (d * o).sum(1)
-    c = (o * o).sum() - radius ** 2
+    """A sphere around the origin.
+
+    If o and d are projected onto a plane through the origin first, the shape is an infinite
+    cylinder whose axis is perpendicular to that plane.
+    """
+    a = dot(d, d)                                                       # |o + t d|^2 = radius^2
+    b = d @ o
+    c = o @ o - radius ** 2
     root = b * b - a * c
     t = (-b - np.sqrt(np.maximum(root, 0))) / a
     hit = (root > 0) & (t > 0)
@@ -83,10 +93,10 @@ def hit_cylinder(o: Array, d: Array, radius: float, height: float) -> tuple[Arra
 
 
 def hit_capsule(o: Array, d: Array, a: Array, b: Array, radius: float) -> tuple[Array, Array]:
-    """A tube from a to b with round ends: part of an endless cylinder, and two spheres."""
+    """A tube from a to b with round ends: part of an infinite cylinder, and two spheres."""
     length = np.linalg.norm(b - a)
     axis = (b - a) / length
-    across = np.eye(3) - np.outer(axis, axis)       # projects on the plane perpendicular to axis
+    across = np.eye(3) - np.outer(axis, axis)       # projects onto the plane across the axis
     t, normal = hit_sphere((o - a) @ across, d @ across, radius)
     along = (o - a + np.where(np.isfinite(t), t, 0)[:, None] * d) @ axis
     t = np.where((along < 0) | (along > length), np.inf, t)
@@ -136,9 +146,9 @@ def pose_person(rng: Generator) -> list[tuple[int, Array, Array, float]]:
 
 
 def place_camera(rng: Generator, room: Array) -> tuple[Array, float, Array]:
-    """The camera's position (3,), its turn to the left in radians, and its axes (3, 3).
+    """The camera's position (3,), its yaw in radians (positive: turned left), and its axes (3, 3).
 
-    The axes' rows point right, down and forward in the picture.
+    The rows of the axes point right, down and forward, as seen in the picture.
     """
     x = rng.uniform(0.3, 0.7) * room[0]
     y = rng.uniform(0.4, 1.0)
@@ -151,20 +161,32 @@ def place_camera(rng: Generator, room: Array) -> tuple[Array, float, Array]:
     return np.array([x, y, z]), yaw, np.stack([right, down, forward])
 
 
-def cover(view: dict[str, Array], t: Array, normal: Array, **labels: int) -> None:
-    """Draw one more shape into the view, where it is nearer than everything so far."""
-    nearer = t < view["t"]
-    view["t"] = np.where(nearer, t, view["t"])
-    view["normal"] = np.where(nearer[:, None], normal, view["normal"])
+def rays_near(eye: Array, rays: Array, centre: Array, radius: float) -> Array:
+    """The indices of the rays that meet a sphere. No other ray can hit a shape inside it."""
+    to_centre = centre - eye
+    beyond = to_centre @ to_centre - radius ** 2
+    if beyond <= 0:                                 # the eye is inside the sphere
+        return np.arange(len(rays))
+    along = rays @ to_centre
+    return np.flatnonzero((along > 0) & (along ** 2 >= beyond * dot(rays, rays)))
+
+
+def cover(view: dict[str, Array], pixels: Array, t: Array, normal: Array, **labels: int) -> None:
+    """Draw a shape into these pixels of the view, where it is nearer than everything drawn before.
+    """
+    nearer = t < view["t"][pixels]
+    pixels = pixels[nearer]
+    view["t"][pixels] = t[nearer]
+    view["normal"][pixels] = normal[nearer]
     for name, value in labels.items():
-        view[name] = np.where(nearer, value, view[name])
+        view[name][pixels] = value
 
 
 def view_room(eye: Array, rays: Array, room: Array) -> dict[str, Array]:
     """The empty room, as every ray sees it: arrays (P,), except normal (P, 3).
 
-    t: the distance along the ray. semseg: the class. part: of a person, 0 elsewhere.
-    number: which object it is, -1 for the room itself.
+    t: the hit on the ray o + t * d. semseg: the class. part: the part of the person, 0 elsewhere.
+    number: the number of the object, -1 for the room itself.
     """
     t, normal = hit_slabs(eye, rays, np.zeros(3), room, inside=True)
     semseg = np.full(len(rays), WALL)
@@ -174,44 +196,71 @@ def view_room(eye: Array, rays: Array, room: Array) -> dict[str, Array]:
             "number": np.full_like(semseg, -1)}
 
 
+def furniture(rng: Generator) -> list[tuple[Array, Array]]:
+    """A plain box, a table or an armchair on the floor, as boxes: (lowest, highest corner)."""
+    width, depth, height = rng.uniform((0.3, 0.3, 0.3), (1.2, 0.9, 1.5))
+    plain, table = rng.random(2) < 0.5
+    corner = np.array([width / 2, depth / 2, height])
+    on_floor = np.array([-1, -1, 0])
+    if plain:
+        return [(corner * on_floor, corner)]
+    if table:
+        leg = corner * [0.2, 0.2, 1]
+        top = np.array([0, 0, 0.9 * height])
+        return [(corner * on_floor + top, corner), (leg * on_floor, leg)]
+    seat = corner * [1, 1, 0.45]
+    back = corner * [1, -0.6, 1]
+    return [(seat * on_floor, seat), (corner * on_floor, back)]
+
+
 def add_object(rng: Generator, view: dict[str, Array], eye: Array, rays: Array, room: Array,
                number: int) -> None:
-    """Place a random box, sphere or cylinder on the floor."""
+    """Place a random object on the floor, unless it would hide too much of the person."""
     shape = BOX + int(rng.integers(3))
     to_object = rotation(rng.uniform(0, np.pi))     # from the world's axes to the object's
-    size = rng.uniform((0.3, 0.3, 0.3), (1.2, 0.9, 1.5))
     x = rng.uniform(0.1, 0.9) * room[0]
     y = rng.uniform(0.35, 0.95) * room[1]
-    o = to_object @ (eye - np.array([x, y, 0.0]))
-    d = rays @ to_object.T
+    position = np.array([x, y, 0.0])
+    pixels = rays_near(eye, rays, position, 2.0)
+    o = to_object @ (eye - position)
+    d = rays[pixels] @ to_object.T
     if shape == BOX:
-        low = np.array([-size[0] / 2, -size[1] / 2, 0])
-        high = np.array([size[0] / 2, size[1] / 2, size[2]])
-        t, normal = hit_slabs(o, d, low, high, inside=False)
+        hits = [hit_slabs(o, d, low, high, inside=False) for low, high in furniture(rng)]
     elif shape == SPHERE:
-        radius = size[0] / 2
-        t, normal = hit_sphere(o - [0, 0, radius], d, radius)
+        radius = rng.uniform(0.15, 0.6)
+        hits = [hit_sphere(o - [0, 0, radius], d, radius)]
     else:
-        t, normal = hit_cylinder(o, d, size[1] / 2, size[2])
-    cover(view, t, normal @ to_object, semseg=shape, number=number)
+        radius, height = rng.uniform((0.15, 0.3), (0.45, 1.5))
+        hits = [hit_cylinder(o, d, radius, height)]
+
+    nearest = np.min([t for t, _ in hits], axis=0)
+    person = view["semseg"][pixels] == PERSON
+    hidden = person & (nearest < view["t"][pixels])
+    if hidden.sum() > HIDDEN * person.sum():
+        return
+    for t, normal in hits:
+        cover(view, pixels, t, normal @ to_object, semseg=shape, part=0, number=number)
 
 
-def add_person(rng: Generator, view: dict[str, Array], eye: Array, rays: Array, yaw: float,
-               number: int) -> None:
+def add_person(rng: Generator, view: dict[str, Array], eye: Array, rays: Array, room: Array,
+               yaw: float, number: int) -> None:
     """Place a person on the floor in front of the camera."""
     to_person = rotation(rng.uniform(0, 2 * np.pi))
     ahead = rotation(yaw + rng.uniform(-0.35, 0.35)) @ [0, 1, 0]
-    position = eye * [1, 1, 0] + ahead * rng.uniform(1.8, 3.2)
+    position = eye + ahead * rng.uniform(1.5, 2.4)
+    position[:2] = np.clip(position[:2], 0.4, room[:2] - 0.4)           # not inside a wall
+    position[2] = 0
     o = to_person @ (eye - position)
     d = rays @ to_person.T
     for part, a, b, radius in pose_person(rng):
-        t, normal = hit_capsule(o, d, a, b, radius)
-        cover(view, t, normal @ to_person, semseg=PERSON, part=part, number=number)
+        pixels = rays_near(o, d, (a + b) / 2, np.linalg.norm(b - a) / 2 + radius)
+        t, normal = hit_capsule(o, d[pixels], a, b, radius)
+        cover(view, pixels, t, normal @ to_person, semseg=PERSON, part=part, number=number)
 
 
 # --- labels and colours ---------------------------------------------------------------------------
 def nearest_object(t: Array, number: Array) -> Array:
-    """The salient pixels (P,): those of the object with the smallest mean depth.
+    """A mask (P,) of the salient object, which is the one with the smallest mean depth.
 
     Objects that cover less than SALIENT of the image do not count.
     """
@@ -226,7 +275,10 @@ def nearest_object(t: Array, number: Array) -> Array:
 
 
 def find_edges(surface: Array, normal: Array) -> Array:
-    """Pixels (H, W) on either side of a border between surfaces (H, W), or of a fold in one."""
+    """A mask (H, W) of the pixels on both sides of each border between surfaces, and of each fold.
+
+    surface (H, W): the number of the surface. normal (H, W, 3): a fold is where it turns sharply.
+    """
     edge = np.zeros(surface.shape, bool)
     below, above = np.s_[1:], np.s_[:-1]
     right, left = np.s_[:, 1:], np.s_[:, :-1]
@@ -240,28 +292,30 @@ def find_edges(surface: Array, normal: Array) -> Array:
 
 def shade(rng: Generator, room: Array, point: Array, normal: Array, surface: Array,
           num_surfaces: int) -> Array:
-    """The colours (P, 3) of points (P, 3), lit by one lamp; 1 is white. surface: which one (P,).
+    """The colours (P, 3) of points (P, 3), lit by one lamp; 1 is white.
 
-    Each surface has a base colour and a texture: the product of two waves through space, which is
-    smooth on some surfaces and a checkerboard on others.
+    surface (P,): the number of each point's surface. Each surface has a base colour and is plain,
+    striped, a checkerboard, or covered with smooth waves. These patterns are built from two waves
+    through space.
     """
-    base = rng.uniform(0.25, 0.9, (num_surfaces, 3))
-    tint = rng.uniform(-0.35, 0.35, (num_surfaces, 3))
+    base = rng.uniform(0.3, 0.85, (num_surfaces, 1)) + rng.uniform(-0.25, 0.25, (num_surfaces, 3))
+    tint = rng.uniform(-0.3, 0.3, (num_surfaces, 1)) + rng.uniform(-0.15, 0.15, (num_surfaces, 3))
     direction = rng.normal(0, 1, (2, num_surfaces, 3))
     frequency = direction * rng.uniform(2, 12, (1, num_surfaces, 1))
-    checker = rng.random(num_surfaces) < 0.4
-    wave_0 = np.sin((point * frequency[0, surface]).sum(1))
-    wave_1 = np.sin((point * frequency[1, surface]).sum(1))
-    wave = wave_0 * wave_1
-    wave = np.where(checker[surface], np.sign(wave), wave)
-    colour = base[surface] + wave[:, None] * tint[surface]
+    pattern = rng.integers(4, size=num_surfaces)[surface]
+    wave = np.sin(dot(point, frequency[0, surface]))
+    waves = wave * np.sin(dot(point, frequency[1, surface]))
+    texture = np.choose(pattern, [0 * wave, np.sign(wave), np.sign(waves), waves])
+    colour = base[surface] + texture[:, None] * tint[surface]
 
     lamp = room * rng.uniform((0.3, 0.2, 0.8), (0.7, 0.6, 0.95))
+    lamp_colour = rng.uniform(0.75, 1.05, 3)
+    ambient = rng.uniform(0.25, 0.45)               # light from everywhere
     to_lamp = lamp - point
-    distance = np.linalg.norm(to_lamp, axis=1)
-    facing = np.maximum(0, (normal * to_lamp).sum(1) / distance)        # Lambert's cosine law
+    distance = np.sqrt(dot(to_lamp, to_lamp))
+    facing = np.maximum(0, dot(normal, to_lamp) / distance)             # Lambert's cosine law
     light = facing / (1 + 0.08 * distance ** 2)
-    return colour * (0.35 + 0.9 * light)[:, None]
+    return colour * (ambient + light[:, None] * lamp_colour)
 
 
 def as_map(x: Array, height: int, width: int, dtype: type) -> Tensor:
@@ -274,9 +328,10 @@ def render_room(seed: Sequence[int], height: int, width: int, axes: Array | None
                 zoom: float = 1.0) -> dict[str, Tensor]:
     """One room as a sample: "image" (3, H, W) uint8 and the labels of all tasks.
 
-    seed: any integers; the same ones give the same room at every size. zoom: multiplies the focal
-    length. axes (3, 3): the picture's right, down and forward in the camera's own axes, to mirror
-    or roll the camera.
+    seed: integers, at least 0. They give the same room at every size, but an object that hides
+    close to HIDDEN of the person may be left out at one size and not at another. zoom: multiplies
+    the focal length. axes (3, 3): the picture's right, down and forward in the camera's own axes,
+    to mirror or roll the camera.
     """
     rng = Generator(PCG64(list(seed)))
     room = rng.uniform((3.5, 4.0, 2.4), (6.0, 7.0, 3.2))
@@ -284,7 +339,7 @@ def render_room(seed: Sequence[int], height: int, width: int, axes: Array | None
     if axes is not None:
         frame = axes @ frame
 
-    # One ray per pixel. They reach one metre forward each, so t is the depth.
+    # One ray per pixel. The forward component of each is one metre, so t is the depth.
     focal = 0.8 * max(height, width) * zoom
     y, x = np.meshgrid(np.arange(height) + 0.5, np.arange(width) + 0.5, indexing="ij")
     right = (x - width / 2) / focal
@@ -293,21 +348,18 @@ def render_room(seed: Sequence[int], height: int, width: int, axes: Array | None
 
     num_objects = int(rng.integers(3, 8))
     view = view_room(eye, rays, room)
+    add_person(rng, view, eye, rays, room, yaw, number=num_objects)
     for i in range(num_objects):
         add_object(rng, view, eye, rays, room, number=i)
-    if rng.random() < 0.5:
-        add_person(rng, view, eye, rays, yaw, number=num_objects)
     t, normal, number, part = view["t"], view["normal"], view["number"], view["part"]
 
-    # Surfaces with textures of their own: floor, ceiling, walls, the objects, a person's six parts.
+    # The floor, the ceiling, the walls, each object and each part of the person have a texture.
     object_surface = 3 + number + np.maximum(part - 1, 0)
     surface = np.where(number < 0, view["semseg"], object_surface)
     point = eye + t[:, None] * rays
     colour = shade(rng, room, point, normal, surface, 3 + num_objects + 6)
     edge = find_edges(surface.reshape(height, width), normal.reshape(height, width, 3))
-    camera_normal = normal @ frame.T * [1, 1, -1]                       # x right, y down, z to us
-    if not part.any():
-        part = part + 255               # without a person, human_parts is ignored, as in PASCAL
+    camera_normal = normal @ frame.T * [1, 1, -1]                       # z towards the camera
 
     return {
         "image": as_map(colour.clip(0, 1) * 255, height, width, np.uint8),
@@ -321,9 +373,10 @@ def render_room(seed: Sequence[int], height: int, width: int, axes: Array | None
 
 
 class Rooms(Dataset):
-    """`length` rendered rooms of a split ("train" or "val") with the labels of `tasks`.
+    """`length` rendered rooms of a split ("train" or "val"), with the labels of `tasks`.
 
-    size: (H, W) of the images. Room i of a split and seed is the same on every machine.
+    size: (H, W) of the images. Room i of a seed and split is the same on every machine. A task that
+    rooms have no labels for raises ValueError when a room is read.
     """
 
     def __init__(self, split: str, tasks: Sequence[str], length: int, size: Sequence[int],

@@ -7,7 +7,7 @@ with respect to all backbone weights. With g and g' the gradients of two tasks o
     S(g, g')   = cos( g / (||g|| + ||g'||), g' / (||g|| + ||g'||) ) = cos(g, g')       (eq. 2)
     sim(t, t') = 1/N * sum over the examples i of S(g, g')                             (eq. 1, 3)
 
-A mean over examples has a standard error, and smaller differences than that are noise.
+A mean over examples has a standard error, and differences smaller than that are noise.
 `task_similarity` returns the mean, its standard error and the value of each example.
 
     fresh_decoders(model, seed)
@@ -17,7 +17,7 @@ A mean over examples has a standard error, and smaller differences than that are
 Your own model and tasks only need to provide:
 
     model(image) -> {name of task: prediction}
-    model.backbone(image) -> list of maps; the gradients are those of its parameters
+    model.backbone(image) -> list of maps; gradients are taken with respect to its parameters
     model.decoders: nn.ModuleDict by name of task; decoder(maps, (H, W)) -> prediction
     task.name, task.weight, task.loss(prediction, label) -> scalar
     task.valid(label) -> bools; if none is True, the example has no label for the task
@@ -43,9 +43,11 @@ def gradient_similarity(g: Tensor, g_other: Tensor, normalize: str = "none") -> 
     """Cosine of two tasks' flattened gradients (P,) on the shared backbone: eq. 2.
 
     Eq. 2 divides both gradients by the sum of their norms first. A cosine does not notice, so
-    "none" does not do it. "elementwise" is Task2Vec's normalization, which eq. 2 cites: each entry
-    is divided by the sum of the two absolute values there, so it counts how many weights agree and
-    not how large their gradients are. The similarity is 0 if one of the gradients is 0.
+    "none" skips that step. "elementwise" is the normalisation of Task2Vec, which the paper cites
+    for eq. 2: each entry is divided by the sum of the two absolute values at its place. Then only
+    the ratio of the two gradients of a weight matters, and not how large they are.
+
+    The similarity is 0 if one of the gradients is 0. Raises ValueError for another `normalize`.
     """
     if normalize == "elementwise":
         g, g_other = without_rounding(g), without_rounding(g_other)
@@ -55,7 +57,7 @@ def gradient_similarity(g: Tensor, g_other: Tensor, normalize: str = "none") -> 
     elif normalize != "none":
         raise ValueError(f"normalize: expected none or elementwise, got {normalize!r}")
     # F.cosine_similarity would do, but on a CPU its norms are off by 0.1 % for 27 million float32
-    # entries. torch.sum adds pairwise and keeps all digits.
+    # entries. torch.sum adds pairwise, which is accurate.
     dot = (g * g_other).sum()
     norm = g.square().sum().sqrt()
     norm_other = g_other.square().sum().sqrt()
@@ -63,10 +65,10 @@ def gradient_similarity(g: Tensor, g_other: Tensor, normalize: str = "none") -> 
 
 
 def without_rounding(g: Tensor) -> Tensor:
-    """`g` with entries below its largest times float32's eps set to 0.
+    """`g` with all entries set to 0 that are smaller than eps times the largest one.
 
-    Trap: softmax ignores the bias of the keys, so its true gradient is 0 and the computed one is
-    rounding. Divided element by element, that noise would weigh as much as any other entry.
+    Trap: softmax ignores the bias of the keys, so its true gradient is 0, and the computed one is
+    rounding error. Divided element by element, this error would count as much as any other entry.
     """
     limit = torch.finfo(g.dtype).eps * g.abs().max()
     return torch.where(g.abs() < limit, 0, g)
@@ -88,9 +90,9 @@ def restored(model: nn.Module) -> Iterator[None]:
 
 
 def fresh_decoders(model: nn.Module, seed: int) -> None:
-    """Initialize each task's decoder anew.
+    """Reinitialise the decoder of each task.
 
-    The numbers depend on the seed and the task's name, so the order of the tasks does not matter.
+    The new weights depend on the seed and the task's name, but not on the order of the tasks.
     """
     for name, decoder in model.decoders.items():
         torch.manual_seed(zlib.crc32(f"{seed} {name}".encode()))
@@ -102,7 +104,7 @@ def fresh_decoders(model: nn.Module, seed: int) -> None:
 @torch.no_grad()
 def backbone_maps(backbone: nn.Module, examples: Iterable[tuple[Tensor, dict[str, Tensor]]],
                   amp: torch.dtype | None) -> tuple[list[Tensor], dict[str, Tensor], torch.Size]:
-    """The maps of all N examples, each (N, h, w, c); their labels, by task; and their (H, W)."""
+    """The maps of all N examples, each (N, h, w, c); their labels by task; and their (H, W)."""
     maps_of_batches, labels_of_batches = [], []
     for image, labels in examples:
         with torch.autocast(image.device.type, amp, enabled=amp is not None):
@@ -122,15 +124,15 @@ def finetune_decoders(model: nn.Module, tasks: Sequence,
                       amp: torch.dtype | None = None, steps: int | None = None) -> None:
     """Train the decoders of `model` on its frozen backbone with AdamW.
 
-    The maps of a frozen backbone never change, so they are computed once. They and the labels of
-    all examples are kept in memory, on the device of the images.
+    The maps of a frozen backbone never change, so they are computed once. The maps and the labels
+    of all examples are kept in memory, on the device of the images.
 
     Args:
-        examples: (image (B, 3, H, W), labels), in the order of the dataset; read once.
+        examples: pairs of image (B, 3, H, W) and labels, in the order of the dataset; read once.
         batches: for each step, the indices of its examples.
-        lr: learning rate of the first step.
-        amp: type for autocast, in which the maps are also kept; None for float32.
-        steps: number of batches, if `batches` has no length.
+        lr: learning rate of the first step; it falls linearly to 0.
+        amp: data type for autocast and for the stored maps; None for float32.
+        steps: number of batches, needed if `batches` has no length.
     """
     if steps is None:
         steps = len(batches)
@@ -142,7 +144,7 @@ def finetune_decoders(model: nn.Module, tasks: Sequence,
         optimizer = torch.optim.AdamW(model.decoders.parameters(), lr=lr, fused=True)
 
         for step, batch in enumerate(batches):
-            # Linear to 0: the noise of the last steps would enter every example's gradient.
+            # The rate falls to 0: noise of the last steps would enter every example's gradient.
             optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
             batch_maps = [x[batch] for x in maps]
             total = 0
@@ -167,7 +169,7 @@ class Similarity(NamedTuple):
     samples: np.ndarray     # (N, T, T), eq. 2 of each example; NaN where a label is missing
 
     def as_json(self) -> dict[str, list]:
-        """Means, counts and standard errors; None for a standard error that is not known."""
+        """Means, counts and standard errors as lists; an unknown standard error is None."""
         error = np.where(np.isnan(self.error), None, self.error)
         return {"similarity": self.mean.tolist(), "count": self.count.tolist(),
                 "standard_error": error.tolist()}
@@ -176,11 +178,11 @@ class Similarity(NamedTuple):
 def task_similarity(model: nn.Module, tasks: Sequence,
                     examples: Iterable[tuple[Tensor, dict[str, Tensor]]],
                     normalize: str = "none") -> Similarity:
-    """Similarity of every pair of tasks over `examples` of (image (1, 3, H, W), labels).
+    """Similarity of every pair of tasks over `examples`, pairs of image (1, 3, H, W) and labels.
 
-    Dropout and drop path are off and BatchNorm uses its running statistics, so that an example's
-    gradient does not depend on the other examples. An example counts for a pair if it is labelled
-    for both tasks. One flat gradient (P,) per task is kept in memory, however many examples.
+    Dropout and drop path are off, and BatchNorm uses its running statistics, so an example's
+    gradient depends only on that example. An example counts for a pair of tasks if it is labelled
+    for both. Memory holds one flat gradient (P,) per task, however many examples there are.
 
     Raises:
         ValueError: if no example is labelled for both tasks of a pair, or a gradient is not finite.
@@ -208,7 +210,8 @@ def task_similarity(model: nn.Module, tasks: Sequence,
 
 def task_gradients(model: nn.Module, tasks: Sequence, image: Tensor,
                    labels: dict[str, Tensor]) -> dict[int, Tensor]:
-    """Index of task -> gradient (P,) of its loss on the backbone, for tasks that have a label."""
+    """{index of task: gradient (P,) of its loss with respect to the backbone}, for labelled tasks.
+    """
     shared = list(model.backbone.parameters())
     predictions = model(image)
     gradients = {}
@@ -237,7 +240,7 @@ def summary(samples: np.ndarray, tasks: Sequence) -> Similarity:
 
 
 def format_similarity(similarity: Similarity, names: Sequence[str]) -> str:
-    """Table of mean +- standard error; then the number of examples, if it differs by pair."""
+    """Table of mean +- standard error; then the numbers of examples, if they differ by pair."""
     T = len(names)
     rows = [["", *names]]
     for t in range(T):

@@ -1,17 +1,19 @@
 """How sure is the tree? Other example images would give other similarities, and maybe other groups.
 
-The similarities are means over N examples. A bootstrap imitates a second set of images: it draws N
-of the examples with replacement, takes the means again and builds the tree again. The agreement of
-a stage is the share of these resamples in which the stage has the same groups.
+The similarities are means over N examples. A bootstrap imitates a new set of images: it draws N of
+the examples with replacement, recomputes the means and rebuilds the tree. The agreement of a stage
+is the share of these resamples in which the stage has the same groups.
 
     for choice in stability(tree, similarity.samples):      # from similarity.task_similarity
         print(choice)                                       # decided (99.8 % of resamples agree)
 
-A stage is called decided if 99.5 % of the resamples agree. In simulations, fewer than one tree in
-twenty then has a decided stage that is wrong: docs/CHOICES.md has the table. This is not part of
-the paper. It does not tell how much other decoders would change: for that, use other seeds.
+A stage is called decided if at least 99.5 % of the resamples agree, and every pair of tasks has at
+least 10 examples. In simulations, fewer than one tree in twenty then has a decided stage that is
+wrong (docs/CHOICES.md has the table). This is not part of the paper. It does not show how much the
+tree depends on the decoders; for that, try other seeds.
 
-N is the number of examples, T of tasks. A tree is a list with one partition per stage (grouping.py).
+N is the number of examples, T the number of tasks. A tree is a list with one partition per stage
+(grouping.py).
 Reference: Efron, Bootstrap Methods: Another Look at the Jackknife, 1979.
 """
 
@@ -22,7 +24,7 @@ import numpy as np
 
 from grouping import Partition, best_partition, build_tree
 
-DECIDED = 0.995         # share of the resamples that have to agree
+DECIDED = 0.995         # share of the resamples that must agree
 MIN_EXAMPLES = 10       # for each pair of tasks; with fewer, resamples agree by chance
 
 
@@ -45,12 +47,14 @@ def stability(tree: Sequence[Partition], samples: np.ndarray, resamples: int = 4
               ) -> list[Choice | None]:
     """For each stage of the tree, whether its groups are decided; None if it had no choice.
 
-    The examples are resampled in the same way each time, whatever the order of the tasks.
+    A stage has no choice if it has one group, or as many groups as the next stage (the last stage:
+    as many groups as there are tasks). The resamples are the same in every call, and they do not
+    depend on the order of the tasks.
 
     Args:
-        tree: build_tree(mean of `samples`, ...).
+        tree: the tree that `build_tree` gives for the mean of `samples`.
         samples: (N, T, T), the similarities of each example; NaN where a label is missing.
-        resamples: each of them builds a tree, which takes a millisecond for five tasks.
+        resamples: their number; each builds a tree, which takes a millisecond for five tasks.
         search: as in build_tree.
     """
     N = len(samples)
@@ -65,14 +69,14 @@ def stability(tree: Sequence[Partition], samples: np.ndarray, resamples: int = 4
         drawn = samples[rng.integers(N, size=N)]
         drawn_count = (~np.isnan(drawn)).sum(0)
         drawn_mean = np.nansum(drawn, 0) / np.maximum(drawn_count, 1)
-        # Two tasks may share labelled examples, but none of those that were drawn.
+        # If a resample has no example that is labelled for both tasks, keep their full mean.
         drawn_mean = np.where(drawn_count > 0, drawn_mean, mean)
         for i, partition in enumerate(build_tree(drawn_mean, groups, search)):
             if partition == tree[i]:
                 agreeing[i] += 1
 
     choices = []
-    available = len(mean)               # groups that the stage could keep or merge: first, tasks
+    available = len(mean)               # groups that stage i merges; in the last stage, tasks
     for i in reversed(range(len(tree))):
         choice = None
         if 1 < groups[i] < available:

@@ -1,20 +1,22 @@
 """Swin Transformer (Liu et al., ICCV 2021), from scratch: the backbone that is adapted.
 
-An image becomes 4x4-pixel patches. Four stages of blocks then attend inside windows of 7x7 tokens.
-Every second block shifts its windows by half a window, so that information crosses their borders.
-After each of the first three stages, 2x2 neighbouring tokens are merged and the channels double:
+The image is cut into patches of 4x4 pixels, and each patch becomes a token. Then follow four stages
+of blocks. A block computes
 
-    x = x + attention(norm1(x))             inside windows, with a bias for each relative position
+    x = x + attention(norm1(x))     inside windows of 7x7 tokens, with a bias per relative position
     x = x + mlp(norm2(x))
 
+Every second block shifts its windows by half a window, so that information crosses their borders.
+Each of the first three stages ends by merging 2x2 neighbouring tokens and doubling the channels.
+
 For dense prediction the backbone has no final norm and no classifier, and returns one map per
-stage. Parameter names are those of the official checkpoints, so these load as they are.
+stage. Parameters have the names of the official checkpoints, so these load without renaming.
 
     backbone = build_swin("tiny")
     load_weights(backbone, "imagenet")      # weights.py
     maps = backbone(image)                  # (B, 3, H, W) -> 4 maps (B, h, w, c)
 
-The strides of the maps are 8, 16, 32 and 32, since each map is taken after its patch merging.
+The strides of the maps are 8, 16, 32 and 32, since each map is taken after the patch merging.
 Shapes: B batch, H W pixels or tokens, C channels, N windows, L tokens per window, h heads.
 References: arXiv 2103.14030; https://github.com/microsoft/Swin-Transformer (names of weights).
 """
@@ -69,7 +71,7 @@ def shift_mask(H: int, W: int, window: int, shift: tuple[int, int], device: torc
     rows[H - shift[0]:] = 1                     # these came from the other side of the map
     columns = torch.zeros(W, device=device)
     columns[W - shift[1]:] = 1
-    region = 2 * rows[:, None] + columns        # (H, W), another number for each region
+    region = 2 * rows[:, None] + columns        # (H, W), a different number per region
     region = to_windows(region[None, :, :, None], window)[0, :, :, 0]   # (N, L)
     different = region[:, :, None] != region[:, None, :]                # (N, L, L)
     return different * -100.0
@@ -98,7 +100,7 @@ class WindowAttention(nn.Module):
             bias = bias + mask[:, None].to(q.dtype)             # (N, h, L, L)
             bias = bias.repeat(B, 1, 1, 1)                      # (B*N, h, L, L)
         if bias.requires_grad:
-            # Fused kernels are slow at the gradient of a bias, and on some GPUs they crash.
+            # Fused kernels are slow to compute the gradient of a bias, and crash on some GPUs.
             scores = q @ k.mT * q.shape[-1] ** -0.5 + bias
             x = scores.softmax(-1).to(v.dtype) @ v
         else:
@@ -107,7 +109,7 @@ class WindowAttention(nn.Module):
         return self.proj(x)
 
     def product_macs(self, x: Tensor) -> int:
-        """Multiply-accumulates of q k' and of its product with v, for an input x (B, N, L, C)."""
+        """Multiply-accumulates of q k^T and of softmax(q k^T) v, for an input x (B, N, L, C)."""
         B, N, L, C = x.shape
         return 2 * B * N * L * L * C
 
@@ -125,7 +127,7 @@ class Mlp(nn.Module):
 
 
 class SwinBlock(nn.Module):
-    """Attention inside windows, then an MLP. If `shifted`, the windows lie half a window off."""
+    """Attention inside windows, then an MLP. If `shifted`, windows move by half their size."""
 
     def __init__(self, dim: int, num_heads: int, window: int, shifted: bool, drop_path: float):
         super().__init__()
@@ -146,10 +148,11 @@ class SwinBlock(nn.Module):
     def attend(self, x: Tensor) -> Tensor:
         """Attention inside the windows of a map of any size, (B, H, W, C) -> (B, H, W, C)."""
         H, W = x.shape[1:3]
-        # Pad to whole windows. The zeros take part in the attention, as in the official detector.
+        # Pad to whole windows. The zeros take part in the attention, as in the official code for
+        # object detection.
         x = F.pad(x, (0, 0, 0, -W % self.window, 0, -H % self.window))
         padded_H, padded_W = x.shape[1:3]
-        # A map that fits into a single window along an axis has nothing to shift there.
+        # Along an axis on which the map fits into one window, there is nothing to shift.
         shift_y = self.shift if padded_H > self.window else 0
         shift_x = self.shift if padded_W > self.window else 0
         mask = None
@@ -182,7 +185,7 @@ class PatchMerging(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """One token for each patch of 4x4 pixels. Rows or columns left over at the end are ignored."""
+    """One token per patch of 4x4 pixels. Leftover pixels at the right and bottom are ignored."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -211,11 +214,11 @@ class Stage(nn.Module):
 
 
 class SwinTransformer(nn.Module):
-    """The backbone: `patch_embed`, then four stages. `channels` are those of the stages' maps.
+    """The backbone: `patch_embed`, then four stages. `channels` lists the channels of their maps.
 
     The attribute that holds the stages is called `layers`, as in the official checkpoints.
-    ADAPTED names the linear layers that can get adapters, by the ends of their names. OTHERS lists
-    parts of the names of all weights that the papers call "others": patch embedding and patch
+    ADAPTED lists the linear layers that can get adapters, by the ends of their paths. OTHERS lists
+    the weights that the papers call "others", by parts of their names: patch embedding and patch
     merging with their norms, every LayerNorm, and the tables of position biases.
     """
 
@@ -230,7 +233,7 @@ class SwinTransformer(nn.Module):
         self.layers = nn.ModuleList()
         self.channels = []
         num_blocks = sum(depths)
-        rates = [drop_path * i / (num_blocks - 1) for i in range(num_blocks)]  # more when deeper
+        rates = [drop_path * i / (num_blocks - 1) for i in range(num_blocks)]  # rises with depth
         last = len(depths) - 1
         for i, depth in enumerate(depths):
             dim = embed_dim * 2 ** i

@@ -6,21 +6,21 @@ there are none; the training loss is the sum of weight * loss over the tasks (eq
 
 A metric is computed from sums over the whole dataset, divided once at the end, so it does not
 depend on how the dataset is cut into batches: add up `sums(pred, label)` of all batches, then call
-`metrics(total)`. `sums` wants tensors on the CPU, because it counts in float64. Metrics are NaN if
+`metrics(total)`. `sums` expects tensors on the CPU, and counts in float64. Metrics are NaN if
 there is no valid pixel, or if a prediction at a valid pixel is NaN.
 
     task = make_tasks(["depth"], classes=None)[0]
     task.loss(pred, label).backward()
     task.metrics(task.sums(pred.detach().cpu(), label.cpu()))    # {"rmse": ..., "abs_rel": ...}
 
-Shapes: B batch, H W pixels, C channels. Predictions are (B, outputs, H, W). A task's `kind` says
-how its labels look, and how data.py augments them:
+Shapes: B batch, H W pixels, C channels. Predictions are (B, outputs, H, W). A task's `kind`
+describes its labels, and so decides how data.py augments them:
 
     classes      (B, H, W) int64, 0 to task.classes - 1, or 255 = ignore
-    values       (B, C, H, W) float, C = task.channels; augmentation moves them, nothing else
+    values       (B, C, H, W) float, C = task.channels; augmentation only moves them
     distances    like values, but zooming in by s divides them by s (metric depth)
-    directions   vectors, x right, y down, z towards the camera; flips and rotations of the image
-                 change x and y
+    directions   like values, but they are vectors (x right, y down, z towards the camera), and
+                 flips and rotations of the image change x and y
 
 References: TGLoRA, arXiv 2509.19602, sections 4.2, 4.3 and eq. 7; MTLoRA, arXiv 2403.20320,
 section 4.1.
@@ -47,7 +47,7 @@ class Segmentation:
     higher_is_better = True
 
     def __init__(self, name: str, classes: int | Sequence[str], weight: float):
-        """classes: their names, or only how many; empty if this depends on the dataset."""
+        """classes: their names or their number; empty if the dataset defines them."""
         if isinstance(classes, int):
             classes = [str(i) for i in range(classes)]
         if len(classes) > IGNORE:
@@ -55,6 +55,7 @@ class Segmentation:
         self.name = name
         self.weight = weight
         self.names = tuple(classes)
+        self.marks = {name: i for i, name in enumerate(self.names)}     # for a picture's legend
         self.classes = len(self.names)
         self.outputs = self.classes
 
@@ -78,7 +79,7 @@ class Segmentation:
         return counts.view(self.classes, self.classes)
 
     def metrics(self, sums: Tensor) -> dict[str, float]:
-        """Mean IoU of the classes that are in a label or a prediction, and pixel accuracy."""
+        """Mean IoU of the classes that occur in a label or a prediction, and pixel accuracy."""
         sums = sums.view(self.classes, self.classes)
         hits = sums.diag()
         union = sums.sum(0) + sums.sum(1) - hits
@@ -92,18 +93,22 @@ class Segmentation:
         return F.one_hot(values.mode().values, self.classes).float()
 
     def colours(self, x: Tensor) -> Tensor:
-        """Prediction (outputs, H, W) or label (H, W) -> RGB (3, H, W) in 0..1; ignored is black."""
+        """Prediction (outputs, H, W) or label (H, W) -> RGB (3, H, W) in 0..1.
+
+        Ignored pixels are black, and class 0, which is often the background, is grey.
+        """
         label = x if x.ndim == 2 else x.argmax(0)
         turn = label * 0.61803399 % 1       # golden-ratio hues: neighbouring classes look different
         hue = torch.stack([turn, turn + 1 / 3, turn + 2 / 3]) * (2 * math.pi)
         brightness = 0.55 + 0.2 * (label % 3)
-        return (0.5 + 0.5 * hue.cos()) * brightness * (label != IGNORE)
+        colour = (0.5 + 0.5 * hue.cos()) * brightness
+        return torch.where(label == 0, 0.35, colour) * (label != IGNORE)
 
 
 class Saliency:
     """Does this pixel belong to the salient object? Labels 1 or 0, predictions are logits.
 
-    The metric is the mean IoU of the images at the best of 15 thresholds, as in MTLoRA's code.
+    The metric is the mean IoU over images at the best of 15 thresholds, as in MTLoRA's code.
     """
 
     name = "sal"
@@ -114,12 +119,16 @@ class Saliency:
     metric = "mIoU"
     higher_is_better = True
     thresholds = torch.arange(4, 19) / 20                             # 0.20, 0.25 ... 0.90
+    marks = {"salient": 1, "not salient": 0}
 
     def valid(self, label: Tensor) -> Tensor:
         return label != IGNORE                                        # (B, H, W)
 
     def class_weights(self, label: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights of salient and other pixels: each is the other's share of the valid pixels."""
+        """(weight of salient pixels, weight of the others); the rarer class weighs more.
+
+        Each weight is the other class's share of the valid pixels.
+        """
         pixels = self.valid(label).sum().clamp(min=1)
         salient = (label == 1).sum()
         return (pixels - salient) / pixels, salient / pixels
@@ -135,7 +144,7 @@ class Saliency:
         return (error * weight * valid).sum() / valid.sum().clamp(min=1)
 
     def sums(self, pred: Tensor, label: Tensor) -> Tensor:
-        """The number of images with valid pixels, then the sum of their IoU per threshold (16,).
+        """The number of images with valid pixels, then the sum of their IoUs per threshold (16,).
 
         An image without a salient pixel has IoU 1 if none is predicted, otherwise 0.
         """
@@ -156,7 +165,10 @@ class Saliency:
         return {"mIoU": (iou / images).max().item()}
 
     def best_constant(self, values: Tensor) -> Tensor:
-        """A logit (1,) that calls every pixel salient: no other constant reaches a higher IoU."""
+        """A logit (1,) that predicts 1 everywhere.
+
+        Predicting 0 everywhere only scores higher if many images have no salient pixel.
+        """
         return torch.tensor([10.0])
 
     def colours(self, x: Tensor) -> Tensor:
@@ -168,22 +180,23 @@ class Saliency:
 class Edge(Saliency):
     """Is this pixel on an edge? Like Saliency, but with fixed class weights and another metric.
 
-    The metric is F at the best threshold, one for the whole dataset. A pixel counts as correct if
-    the other map has an edge within 0.0075 of the image diagonal. Do not compare it with the odsF
-    of the boundary benchmark, which thins predictions and matches pixels one to one.
+    The metric is F at the threshold that is best for the whole dataset. An edge pixel counts as
+    correct if the other map has an edge within 0.0075 of the image diagonal. Do not compare it with
+    the odsF of the boundary benchmark, which thins predictions and matches pixels one to one.
     """
 
     name = "edge"
-    weight = 50.0                                                     # MTI-Net's
+    weight = 50.0                                                     # as in MTI-Net
     metric = "F"
     thresholds = torch.arange(1, 20) / 20                             # 0.05, 0.10 ... 0.95
+    marks = {"edge": 1, "no edge": 0}
 
     def class_weights(self, label: Tensor) -> tuple[float, float]:
         """Edges are rare: an edge pixel weighs 0.95, any other 0.05."""
         return 0.95, 0.05
 
     def sums(self, pred: Tensor, label: Tensor) -> Tensor:
-        """Pixels per threshold: predicted, correct, true, recalled: (4 * 19,)."""
+        """Edge pixels that are predicted, correct, true and recalled, per threshold (4 * 19,)."""
         valid = self.valid(label)
         true = label == 1
         thresholds = self.thresholds[:, None, None, None]
@@ -219,7 +232,7 @@ class Depth:
     weight = 1.0
     metric = "rmse"
     higher_is_better = False
-    marks = (1, 2, 3, 4, 6, 8, 10)                        # metres, for the legend of a picture
+    marks = {f"{metres} m": float(metres) for metres in (0.5, 1, 2, 3, 4, 6, 8, 10)}
 
     def valid(self, label: Tensor) -> Tensor:
         return label > 0                                              # (B, 1, H, W)
@@ -231,7 +244,7 @@ class Depth:
         return error.sum() / valid.sum().clamp(min=1)
 
     def sums(self, pred: Tensor, label: Tensor) -> Tensor:
-        """Number of pixels, sums of squared errors and of relative errors (3,)."""
+        """(3,): number of valid pixels, sum of squared errors, sum of relative errors."""
         valid = self.valid(label)
         true = label[valid].double()
         error = pred[valid].double() - true
@@ -256,13 +269,13 @@ class Depth:
         red = 1.6 - 2.0 * t
         green = 1.3 - 1.4 * t
         blue = 0.15 + 1.2 * t * (1 - t) + 0.25 * t
-        return torch.stack([red, green, blue]).clamp(0, 1) * (depth > 0)
+        return torch.stack([red, green, blue]).clamp(0, 1) * (depth != 0)
 
 
 class Normals:
-    """Surface normals. The metric is the mean angle between prediction and truth in degrees.
+    """Surface normals. The metric is the mean angle between prediction and ground truth in degrees.
 
-    Trap: this literature prints the mean angle of normals as "rmse". Compare it with `mean`.
+    Trap: papers on multi-task learning report this mean angle under the name "rmse".
     """
 
     name = "normals"
@@ -272,20 +285,22 @@ class Normals:
     weight = 10.0
     metric = "mean"
     higher_is_better = False
+    marks = {"facing left": (-1.0, 0.0, 0.0), "right": (1.0, 0.0, 0.0), "up": (0.0, -1.0, 0.0),
+             "down": (0.0, 1.0, 0.0), "the camera": (0.0, 0.0, 1.0)}
 
     def valid(self, label: Tensor) -> Tensor:
         return label.norm(dim=1) > 0.5                    # (B, H, W); lengths are 1, or 0 = invalid
 
     def loss(self, pred: Tensor, label: Tensor) -> Tensor:
-        """L1 between unit vectors, a mean over the three coordinates, too."""
+        """L1 between unit vectors, averaged over pixels and over the three coordinates."""
         valid = self.valid(label)
         unit = F.normalize(pred.float(), dim=1)
         error = (unit - label).abs() * valid[:, None]
         return error.sum() / (3 * valid.sum()).clamp(min=1)
 
     def sums(self, pred: Tensor, label: Tensor) -> Tensor:
-        """Number of pixels; sums of angles and squared angles; pixels within 11.25, 22.5 and 30
-        degrees (6,)."""
+        """(6,): number of valid pixels, sum of angles, sum of squared angles, and numbers of pixels
+        with an angle below 11.25, 22.5 and 30 degrees."""
         valid = self.valid(label)
         cosine = F.cosine_similarity(pred.double(), label.double(), dim=1)
         angle = cosine[valid].clamp(-1, 1).acos().rad2deg()
@@ -294,16 +309,16 @@ class Normals:
         return sums + nan_if_any(angle.isnan())
 
     def metrics(self, sums: Tensor) -> dict[str, float]:
-        """Mean and true rmse of the angle in degrees; share of pixels within three limits."""
+        """Mean and true rmse of the angle in degrees; shares of pixels below three limits."""
         pixels = sums[0]
         mean, mean_square, *within = sums[1:] / pixels
         return {"mean": mean.item(), "rmse": mean_square.sqrt().item(),
                 "<11.25": within[0].item(), "<22.5": within[1].item(), "<30": within[2].item()}
 
     def best_constant(self, values: Tensor) -> Tensor:
-        """Normals of valid pixels (N, 3) -> the direction (3,) with the smallest mean angle.
+        """Normals of valid pixels (N, 3) -> a direction (3,) whose mean angle to them is small.
 
-        Tries the normals' mean and 500 directions that cover the sphere evenly.
+        It is the best of 501: the mean of the normals, and 500 that cover the sphere evenly.
         """
         i = torch.arange(500) + 0.5                                   # a Fibonacci spiral
         z = 1 - 2 * i / 500
@@ -324,18 +339,18 @@ class Normals:
 
 
 def nan_if_any(mask: Tensor) -> Tensor:
-    """NaN if any of `mask` is true, else 0. Added to sums, so that a NaN prediction is noticed."""
+    """NaN if any element of `mask` is true, else 0. Added to sums, so that NaN predictions show."""
     return torch.where(mask.any(), math.nan, 0.0).double()
 
 
 def widened(mask: Tensor, reach: int) -> Tensor:
-    """Which pixels of (..., B, H, W) have a true one within a square of `reach` pixels around."""
+    """Grow every true pixel of (..., B, H, W) by `reach` pixels in each direction, to a square."""
     return F.max_pool2d(mask.float(), 2 * reach + 1, stride=1, padding=reach) > 0
 
 
-# Your own task is one more entry, made before make_tasks is called (examples/own_dataset.py).
+# To add your own task, add an entry before make_tasks is called, as in examples/own_dataset.py.
 TASKS = {
-    "semseg": Segmentation("semseg", (), weight=1.0),                 # the dataset has its classes
+    "semseg": Segmentation("semseg", (), weight=1.0),                 # classes: see data.CLASSES
     "human_parts": Segmentation("human_parts", HUMAN_PARTS, weight=2.0),
     "sal": Saliency(),
     "edge": Edge(),
@@ -348,20 +363,21 @@ def make_tasks(names: Sequence[str], classes: int | Sequence[str] | None) -> lis
     """The tasks with these names, in this order.
 
     classes: semseg's classes in this dataset, as names or as a number.
-    ValueError for an unknown or repeated name, or for semseg without classes.
+    Raises ValueError for an unknown or repeated name, or for semseg without classes.
     """
     if not names or len(set(names)) < len(names):
         raise ValueError(f"tasks {','.join(names)!r}: expected at least one, and each only once")
     tasks = []
     for name in names:
         if name not in TASKS:
-            raise ValueError(f"unknown task {name!r}; expected some of {', '.join(TASKS)}, or "
-                             "your own, whose file must be imported first (examples/own_dataset.py)")
+            raise ValueError(f"unknown task {name!r}; expected some of {', '.join(TASKS)}, or your "
+                             "own task, whose file must be imported first (see "
+                             "examples/own_dataset.py)")
         task = copy(TASKS[name])
         if not task.outputs:
             if not classes:
                 raise ValueError(f"{name}: the number of classes is unknown; add the dataset to "
-                                 "data.CLASSES, or import the file that does")
+                                 "data.CLASSES, or import the file that does so")
             task = Segmentation(name, classes, task.weight)
         tasks.append(task)
     return tasks
@@ -370,7 +386,7 @@ def make_tasks(names: Sequence[str], classes: int | Sequence[str] | None) -> lis
 def delta_m(results: dict, baseline: dict) -> float:
     """Mean relative gain over a baseline in percent (eq. 7); positive is better.
 
-    results, baseline: {task: {metric: value}}. ValueError if the baseline lacks a task's metric.
+    results, baseline: {task: {metric: value}}. Raises ValueError if the baseline lacks a metric.
     """
     gains = []
     for task in make_tasks(list(results), classes=1):

@@ -3,14 +3,14 @@
     y_g = W x_g + gamma B_g A_g x_g        (TGLoRA paper, section 3.2, eq. 4)
 
 The key trick: because all groups share the frozen W, their inputs travel as one batch, group after
-group: x (G*B, ..., k). Norms, activations and attention never learn that groups exist; only this
-layer takes the batch apart, to add each group's adapter. With one group it is plain LoRA.
+group: x (G*B, ..., k). Norms, activations and attention know nothing about groups; only this layer
+takes the batch apart, to add each group's adapter. With one group it is plain LoRA.
 
     layer = TGLoRALinear(nn.Linear(96, 288), ranks=(32, 16, 16))    # three groups
     y = layer(x)                                                    # (3*B, L, 96) -> (3*B, L, 288)
 
 To adapt a whole backbone, cut it into stages: `add_adapters` wraps the linear layers of a stage,
-`run_stages` branches between stages as the tree of tasks does.
+and `run_stages` runs the stages and branches between them as the tree of tasks does.
 
 Shapes: B batch, G groups, r rank, k inputs, d outputs, N rows per group.
 References: arXiv 2509.19602, section 3.2; LoRA, arXiv 2106.09685.
@@ -28,14 +28,14 @@ from torch.nn.utils.rnn import pad_sequence
 
 
 class TGLoRALinear(nn.Module):
-    """`linear`, frozen, plus one adapter of rank ranks[g] for each group g.
+    """A frozen linear layer plus one adapter of rank ranks[g] for each group g.
 
-    The names `weight` and `bias` stay, so checkpoints of the original model still fit. Everything
-    that is added is called `lora_*`. `scale` is gamma of eq. 4, a constant in the paper's recipe.
+    `weight` and `bias` keep their names, so checkpoints of the original model still fit. All new
+    parameters are called `lora_*`. `scale` is gamma of eq. 4, a constant in the paper's recipe.
     Raises ValueError for a rank below 1, or for a lazy layer that has no weight yet.
     """
 
-    least_rank = 1  # extras.mtlora has groups without an adapter
+    least_rank = 1  # extras.mtlora allows 0, which means no adapter
 
     def __init__(self, linear: nn.Linear, ranks: Sequence[int], scale: float = 4.0,
                  dropout: float = 0.05):
@@ -97,7 +97,7 @@ class TGLoRALinear(nn.Module):
         return F.dropout(x, self.dropout, self.training)
 
     def add_low_rank(self, y: Tensor, x: Tensor, groups: slice = slice(None)) -> Tensor:
-        """Eq. 4 for some groups: y_g + gamma B_g A_g x_g.
+        """Eq. 4 for all groups, or for a slice of them: y_g + gamma B_g A_g x_g.
 
         y (G, N, d), or (1, N, d) if all groups start from the same y; x (G, N, k) -> (G, N, d).
         One batched product serves all groups: smaller ranks are padded with zeros.
@@ -109,20 +109,22 @@ class TGLoRALinear(nn.Module):
         return torch.baddbmm(y, x @ A.mT, B_transposed, alpha=self.scale)
 
     def macs(self, rows: int) -> tuple[int, int]:
-        """Multiply-accumulates for `rows` rows per group: of W with its bias, of the adapters."""
+        """MACs for `rows` rows per group, as two numbers: of W with its bias, and of the adapters.
+        """
         G = len(self.ranks)
         k = self.in_features
         d = self.out_features
         inputs = k if self.bias is None else k + 1
-        rank = 0 if self.merged else max(self.ranks)  # what the others are padded to
+        rank = 0 if self.merged else max(self.ranks)  # all ranks are padded to this one
         return G * rows * inputs * d, G * rows * rank * (k + d)
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Fold each group's adapter into a weight of its group: W_g = W + gamma B_g A_g.
+        """Give each group its own weight, with its adapter folded in: W_g = W + gamma B_g A_g.
 
-        `weight` becomes (G, d, k) and the adapters are gone. Done in float32, once, and it cannot
-        be undone. Inference then costs no extra product.
+        `weight` becomes (G, d, k), and the adapters are removed, so inference needs no extra
+        products. The weights are computed in float32. Merging cannot be undone; a second call
+        raises ValueError.
         """
         if self.merged:
             raise ValueError("TGLoRALinear: already merged")
@@ -143,9 +145,9 @@ class TGLoRALinear(nn.Module):
 def split_rank(rank: int, group_sizes: Sequence[int]) -> tuple[int, ...]:
     """Divide a combined rank between groups in proportion to their number of tasks (section 4.3).
 
-    The result sums to `rank` exactly and every group gets at least 1. What rounding leaves over
-    goes to the groups furthest below their share. Raises ValueError if there are more groups than
-    ranks.
+    The result sums to `rank` exactly, and every group gets at least 1. Ranks left over by rounding
+    go to the groups furthest below their share. Raises ValueError if `rank` is smaller than the
+    number of groups.
     """
     if rank < len(group_sizes):
         raise ValueError(f"rank {rank} is smaller than the number of task groups, "
@@ -155,7 +157,7 @@ def split_rank(rank: int, group_sizes: Sequence[int]) -> tuple[int, ...]:
     while sum(ranks) < rank:
         missing = [share - r for share, r in zip(shares, ranks)]
         ranks[missing.index(max(missing))] += 1
-    while sum(ranks) > rank:  # small groups were raised to 1: take it from those that have more
+    while sum(ranks) > rank:  # small groups were raised to 1: take the excess from larger ones
         excess = [r - share if r > 1 else -math.inf for share, r in zip(shares, ranks)]
         ranks[excess.index(max(excess))] -= 1
     return tuple(ranks)
@@ -165,16 +167,17 @@ def add_adapters(module: nn.Module, names: Sequence[str], ranks: Sequence[int],
                  scale: float = 4.0, dropout: float = 0.05) -> None:
     """Wrap, in place, every linear layer in `module` whose path ends in one of `names`.
 
-    names: complete ends of paths, such as ("attn.qkv", "mlp.fc1") in Swin or ("mlp.0", "mlp.3") in
-    torchvision's ViT; ranks: one per group. A layer that is used at two paths gets one adapter.
+    names: whole components at the end of a path, such as ("attn.qkv", "mlp.fc1") in Swin or
+    ("mlp.0", "mlp.3") in torchvision's ViT. ranks: one per group. A layer that appears under two
+    paths is wrapped once, so both paths share its adapters.
 
-    Raises ValueError if no linear layer has such a name. Some modules do not call their linear
-    layers but read the weights, and there an adapter would silently do nothing: torchvision's Swin
-    and nn.MultiheadAttention always, nn.TransformerEncoderLayer in eval mode (unless you call
-    torch.backends.mha.set_fastpath_enabled(False)). So each forward pass of `module` checks that
-    all its adapters were called, and raises ValueError if not (except under torch.compile and
-    torch.export). If your model skips whole blocks at
-    random, adapt each block by itself.
+    Raises ValueError if one of `names` matches no linear layer. Some modules read the weights of
+    their linear layers without calling them, so an adapter would silently do nothing. torchvision's
+    Swin and nn.MultiheadAttention always do this; nn.TransformerEncoderLayer does it in eval mode,
+    unless you call torch.backends.mha.set_fastpath_enabled(False). So each forward pass of `module`
+    checks that all its adapters were called, and raises ValueError if not (except under
+    torch.compile and torch.export). If your model skips whole blocks at random, call add_adapters
+    once per block instead.
     """
     linears = {}
     for path, child in module.named_modules(remove_duplicate=False):
@@ -200,8 +203,9 @@ def add_adapters(module: nn.Module, names: Sequence[str], ranks: Sequence[int],
 def check_called(paths: Sequence[str], module: nn.Module, inputs: Any, output: Any) -> None:
     """Forward hook of `add_adapters`: every adapted layer in `paths` must have been called.
 
-    The hook stays, because torch's encoder layer calls its linear layers in train mode only. It
-    knows paths and not layers, so it also holds for a copy of the module.
+    The hook runs after every forward pass, not only the first, because torch's encoder layer calls
+    its linear layers in train mode only. It stores paths, not layers, so it also works for a copy
+    of the module.
     """
     if torch.compiler.is_compiling():  # also true under torch.export
         return
@@ -226,12 +230,12 @@ def run_stages(stages: Iterable[nn.Module], x: Tensor, parents: Sequence[Sequenc
     x (B, ...): the first stage's input. parents[stage][group]: the group of the previous stage
     that this group continues, always 0 in the first stage (grouping.routing computes them from a
     tree). Each stage gets one batch (G*B, ...), group after group; it may be any module that treats
-    the examples of a batch alike. Returns the output of every stage, (G, B, ...).
+    all examples of a batch alike. Returns the output of every stage, (G, B, ...).
     """
     x = x[None]                                       # (1, B, ...): one group of all tasks
     maps = []
     for stage, parent in zip(stages, parents, strict=True):
-        if list(parent) != list(range(len(x))):       # else nothing branches here: no copy needed
+        if list(parent) != list(range(len(x))):       # if nothing branches, no copy is needed
             x = torch.stack([x[p] for p in parent])   # (G, B, ...)
         B = x.shape[1]
         x = stage(x.flatten(0, 1))                    # (G*B, ...)

@@ -11,8 +11,8 @@ tree, network, epochs, results. Every knob is in recipes.py. The shuffling, augm
 of a step depend only on the seed and the step's number, so a run can continue from any step.
 
 On several GPUs each process computes its share of every batch, and DistributedDataParallel
-averages the gradients. Losses are means per process, and the first process does everything else:
-it measures similarity, evaluates, prints and saves.
+averages the gradients. A loss is a mean over the images of one process. Only the first process
+measures similarity, evaluates, prints and saves; the others wait for it.
 
 In a notebook: `import train; result = train.main([])`, with flags as a list of strings.
 Shapes: B batch, T tasks, H W pixels.
@@ -53,7 +53,7 @@ from util import (VERSIONS, all_finite, amp_dtype, clock, fingerprint, load_opti
 
 # --- settings -------------------------------------------------------------------------------------
 def describe(config: argparse.Namespace) -> str:
-    """The settings that a run starts by printing."""
+    """The settings of a run, as text that is printed at its start."""
     height, width = config.size
     adapters = ""
     if config.method == "tglora":
@@ -61,14 +61,16 @@ def describe(config: argparse.Namespace) -> str:
         adapters = f"; groups {groups}, rank {config.rank}, {config.layers}"
     return (f"{config.method} on {config.dataset}: {', '.join(config.tasks)}{adapters}\n"
             f"backbone {config.backbone}, weights {config.weights}, images of {height}x{width}\n"
-            f"seed {config.seed}, {config.epochs} epochs, batches of {config.batch_size}, "
+            f"seed {config.seed}, epochs {config.epochs}, batch size {config.batch_size}, "
             f"learning rate {config.lr:g}, on {config.device}, to {config.out}")
 
 
 def known_tree(config: argparse.Namespace) -> list[Partition] | None:
-    """The tree, if nothing has to be measured: it is in --tree, or --groups leaves no choice.
+    """The tree, if it is known without measuring any similarity; otherwise None.
 
-    Otherwise None. Raises ValueError early if such groups or ranks cannot exist.
+    It is known if --tree gives it, or if --groups leaves no choice. With --tree, config.groups is
+    set to the tree's numbers of groups. Raises ValueError if the file does not fit the tasks, or if
+    these groups or ranks are impossible.
     """
     T = len(config.tasks)
     if config.tree:
@@ -92,7 +94,8 @@ def as_numbers(results: dict) -> dict[str, dict[str, float]]:
 
 
 def read_results(path: Path) -> dict:
-    """The content of a metrics.json. Raises ValueError if it is damaged or something else."""
+    """The content of a metrics.json. Raises ValueError if the file is damaged or not of this kind.
+    """
     with reading(path, "a metrics.json of a run"):
         run = json.loads(path.read_text("utf-8-sig"))
         run["results"] = as_numbers(run["results"])
@@ -102,7 +105,10 @@ def read_results(path: Path) -> dict:
 
 
 def read_baseline(config: argparse.Namespace, tasks: Sequence) -> dict:
-    """{task: {metric: value}} from the files of --baseline, one for all tasks or one per task."""
+    """{task: {metric: value}} from the files of --baseline: one for all tasks, or one per task.
+
+    Raises ValueError if a file is damaged or from another dataset, or if a task has no result.
+    """
     baseline = {}
     for path in config.baseline:
         run = read_results(Path(path))
@@ -120,9 +126,10 @@ def read_baseline(config: argparse.Namespace, tasks: Sequence) -> dict:
 # --- the tree -------------------------------------------------------------------------------------
 def compute_tree(config: argparse.Namespace, tasks: Sequence, dataset,
                  device: torch.device) -> tuple[list[Partition], dict]:
-    """Train decoders on the frozen backbone, compare gradients, group the tasks (3.1, 3.3, 4.4).
+    """Train decoders on the frozen backbone, compare gradients and group the tasks.
 
-    Returns the tree, and the similarities as tree.json holds them.
+    Returns the tree, and the similarities in the form they have in tree.json. See sections 3.1, 3.3
+    and 4.4.
     """
     shuffled = epoch_batches(len(dataset), len(dataset), 1, config.seed)[0]
     subset = shuffled[:config.sim_images]
@@ -133,7 +140,7 @@ def compute_tree(config: argparse.Namespace, tasks: Sequence, dataset,
     one_by_one = [[i] for i in range(N)]
 
     def load(batches: Sequence[list[int]], label: str) -> Iterator[tuple[Tensor, dict]]:
-        """Images and labels of these batches of the subset, without augmentation."""
+        """Load these batches of the subset, without augmentation: images and labels."""
         own = [[subset[i] for i in batch] for batch in batches]
         for batch in progress(loader(dataset, own, config.workers), label):
             yield warp(batch, config.size, device)
@@ -146,12 +153,12 @@ def compute_tree(config: argparse.Namespace, tasks: Sequence, dataset,
     fresh_decoders(model, config.seed)
     amp = amp_dtype(config.amp, device)
     if amp is torch.float16:
-        amp = None                              # it would overflow without a loss scaler
+        amp = None                              # fp16 needs a loss scaler, which is not used here
     finetune_decoders(model, tasks, load(in_order, "feature maps"),
                       progress(batches, "decoders"), config.head_lr, amp, steps=len(batches))
     if not all_finite(model.state_dict()):
-        raise ValueError("the decoders that are trained for the similarity are not finite; try a "
-                         "lower --head-lr")
+        raise ValueError("training the decoders for the similarity diverged: their weights are not "
+                         "finite. Try a lower --head-lr")
     similarity = task_similarity(model, tasks, load(one_by_one, "gradients"), config.normalize)
     print(format_similarity(similarity, config.tasks))
 
@@ -165,7 +172,7 @@ def compute_tree(config: argparse.Namespace, tasks: Sequence, dataset,
 
 def shared_tree(config: argparse.Namespace, tasks: Sequence, dataset, device: torch.device,
                 rank: int, world: int) -> list:
-    """`compute_tree`, done by the first process and sent to all others."""
+    """The result of `compute_tree`, which the first process runs and sends to all others."""
     answer = [None, None]
     if rank == 0:
         answer = list(compute_tree(config, tasks, dataset, device))
@@ -192,7 +199,7 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.op
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
-    """Linear up to `peak` during the first share `warmup` of the steps, then a half cosine to 0."""
+    """Linear warm-up to `peak`, then a half cosine down to 0. warmup: its share of all steps."""
     ramp = warmup * steps                       # steps before the peak
     if step < ramp:
         return peak * (step + 1) / (ramp + 1)   # the first step is not wasted on a rate of 0
@@ -205,7 +212,7 @@ def training_batches(config: argparse.Namespace, dataset, batches: Sequence[list
     """This process's share of each batch from step `start` on: image (B, 3, H, W) and labels."""
     own = [batch[rank::world] for batch in batches[start:]]
     for step, batch in enumerate(loader(dataset, own, config.workers), start):
-        # The augmentation, dropout and drop path of this step, whatever came before it.
+        # Seed this step's augmentation, dropout and drop path, whatever came before it.
         torch.manual_seed(config.seed * 1_000_003 + step + 7919 * rank)
         B = len(batch["image"])
         augmentation = draw_augmentation(B, config.flip, config.scales, config.rotate)
@@ -215,10 +222,11 @@ def training_batches(config: argparse.Namespace, dataset, batches: Sequence[list
 def train_step(model: nn.Module, tasks: Sequence, optimizer: torch.optim.Optimizer,
                scaler: torch.amp.GradScaler, image: Tensor, labels: dict[str, Tensor], clip: float,
                amp: torch.dtype | None, parts: int = 1) -> Tensor:
-    """One update of the weights; returns the tasks' losses (T,), without their weights.
+    """One update of the weights. Returns the losses (T,), not multiplied by the tasks' weights.
 
-    The batch may be computed in several parts, to save memory; the loss is the parts' mean.
-    All losses are NaN if the gradient is not finite. Nothing in here waits for the GPU.
+    The batch may be computed in several parts, to save memory; a loss is then the mean of the
+    parts. If the losses are finite but the gradient is not, all losses are returned as NaN. With
+    fp16 they are not, because its scaler skips such a step. Nothing in here waits for the GPU.
     """
     model.train()
     losses = torch.zeros(len(tasks), device=image.device)
@@ -239,7 +247,7 @@ def train_step(model: nn.Module, tasks: Sequence, optimizer: torch.optim.Optimiz
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
-    if scaler.is_enabled():                     # fp16's scaler skipped the step if it overflowed
+    if scaler.is_enabled():                     # fp16: the scaler skips a step that overflows
         return losses
     only_gradient = losses.isfinite().all() & ~norm.isfinite()
     return torch.where(only_gradient, math.nan, losses)
@@ -258,8 +266,7 @@ class LossLog:
         self.counts = torch.zeros_like(self.sums)
 
     def add(self, losses: Tensor, labels: dict[str, Tensor]) -> None:
-        """Add a step's losses (T,). Without labels a task's loss is 0, and its step does not count.
-        """
+        """Add one step's losses (T,). The step does not count for tasks without labels in it."""
         labelled = torch.stack([task.valid(labels[task.name]).any() for task in self.tasks])
         self.sums += losses
         self.counts += labelled
@@ -267,7 +274,7 @@ class LossLog:
     def report(self, step: int, num_steps: int) -> dict[str, float | None]:
         """Print and return the mean losses, None for a task without labels; then start again.
 
-        This waits for the GPU. Raises ValueError if a loss was not finite.
+        This waits for the GPU. Raises ValueError if a loss or its gradient was not finite.
         """
         means, words, bad = {}, [], []
         for task, total, count in zip(self.tasks, self.sums.tolist(), self.counts.tolist()):
@@ -276,9 +283,9 @@ class LossLog:
             if not math.isfinite(total):
                 bad.append(task.name)
         if bad:
-            raise ValueError(f"the loss of {', '.join(bad)}, or its gradient, is not finite between "
-                             f"steps {self.start} and {step}. The checkpoints are from before "
-                             "that. Try a lower --lr, or --amp off")
+            raise ValueError(f"the loss of {', '.join(bad)}, or its gradient, is not finite "
+                             f"between steps {self.start} and {step}. The checkpoints are from "
+                             "before that. Try a lower --lr, or --amp off")
         speed = (step - self.start) / (time.monotonic() - self.clock)   # steps per second
         left = clock((num_steps - step) / speed)
         memory = ""
@@ -301,7 +308,11 @@ def validation_score(result: dict) -> float:
 
 # --- the run --------------------------------------------------------------------------------------
 def start_processes(device: torch.device) -> tuple[int, int, torch.device]:
-    """(rank, number of processes, device). That is 0 and 1 unless torchrun started this program."""
+    """Join the processes that torchrun started. Returns (rank, number of processes, device).
+
+    Without torchrun, the rank is 0 and the number of processes is 1. On CUDA, each process gets its
+    own device. Only the first process prints.
+    """
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
         return 0, 1, device
@@ -309,7 +320,7 @@ def start_processes(device: torch.device) -> tuple[int, int, torch.device]:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    # The others wait while the first process measures similarity or evaluates: give it a day.
+    # The others wait while the first process measures similarity or evaluates: allow a day.
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(days=1))
     if rank > 0:
@@ -318,28 +329,30 @@ def start_processes(device: torch.device) -> tuple[int, int, torch.device]:
 
 
 def state_to_continue(config: argparse.Namespace, out: Path) -> dict | None:
-    """The content of last.pt with --resume; None for a new run, whose folder must not exist.
+    """The content of last.pt with --resume; None for a new run.
 
-    Raises ValueError if there is nothing to continue, or something that would be overwritten.
+    Raises ValueError if the folder of a new run already exists, or if a checkpoint of the run to
+    resume is missing or damaged.
     """
     path = out / "last.pt"
     if not config.resume:
         if out.exists():
             hint = " continue the run in it with --resume, or" if path.exists() else ""
-            raise ValueError(f"{out} exists already, and nothing is overwritten:{hint} choose "
+            raise ValueError(f"{out} already exists, and no run is ever overwritten:{hint} choose "
                              "another --out")
         return None
     last = read_checkpoint(path)
     if "optimizer" not in last:
-        raise ValueError(f"{path} holds no optimizer, so it cannot be continued; is it a copy of "
-                         "best.pt?")
+        raise ValueError(f"{path} has no optimizer state, so the run cannot be resumed from it; is "
+                         "it a copy of best.pt?")
     if last["best"]:
         read_checkpoint(out / "best.pt")        # fail now if it is gone, not after the last epoch
     return last
 
 
 def open_splits(config: argparse.Namespace, rank: int, world: int) -> tuple:
-    """The training and the validation set. The first process unpacks them, the others wait."""
+    """The training and validation sets. The others wait while the first process unpacks an archive.
+    """
     if rank > 0:
         dist.barrier()
     splits = open_dataset(config, "train"), open_dataset(config, "val")
@@ -349,7 +362,7 @@ def open_splits(config: argparse.Namespace, rank: int, world: int) -> tuple:
 
 
 def open_log(path: Path, step: int):
-    """log.jsonl, ready to append to, without the lines that are later than `step`."""
+    """Open log.jsonl for appending, after removing the lines of steps later than `step`."""
     kept = ""
     if path.exists():
         with reading(path, "the log of a run; delete it to continue without the old lines"):
@@ -361,9 +374,10 @@ def open_log(path: Path, step: int):
 
 
 def run(config: argparse.Namespace) -> dict:
-    """One run, from its settings to its results. Returns the content of metrics.json.
+    """One run, from its settings to its results.
 
-    Raises ValueError if a setting or a file is wrong.
+    Returns the content of metrics.json, or of tree.json with --tree-only. Raises ValueError if a
+    setting or a file is wrong.
     """
     # --- settings: fail early, before any work ---
     rank, world, device = start_processes(pick_device(config.device))
@@ -380,7 +394,7 @@ def run(config: argparse.Namespace) -> dict:
     train_set, val_set = open_splits(config, rank, world)
     batches = epoch_batches(len(train_set), config.batch_size, config.epochs, config.seed)
     num_steps, steps_per_epoch = len(batches), len(batches) // config.epochs
-    batch_size = len(batches[0])                # less than asked for if there are fewer images
+    batch_size = len(batches[0])                # smaller than asked for if there are fewer images
     if batch_size % world:
         raise ValueError(f"a batch of {batch_size} images cannot be shared evenly by {world} "
                          "processes; change --batch-size or --nproc_per_node")
@@ -454,7 +468,7 @@ def run(config: argparse.Namespace) -> dict:
         if not leads:
             continue
         if step % config.log_every == 0 or end_of_epoch:
-            means = losses.report(step, num_steps)      # the only place that waits for the GPU
+            means = losses.report(step, num_steps)      # waits for the GPU
             log.write(to_json({"step": step, "epoch": epoch, "lr": lr, "loss": means}) + "\n")
         if end_of_epoch and (epoch % config.eval_every == 0 or step == num_steps):
             latest = evaluate(predictor(model, amp), tasks, progress(val_batches, "evaluation"),
@@ -496,7 +510,7 @@ def run(config: argparse.Namespace) -> dict:
 
 
 def make_folder(out: Path) -> None:
-    """Create the run's folder. Raises ValueError if another run has just created it."""
+    """Create the run's folder. Raises ValueError if that fails, as when it exists by now."""
     try:
         out.mkdir(parents=True)
     except OSError as error:
@@ -504,7 +518,7 @@ def make_folder(out: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """The command line as a function; returns the content of metrics.json."""
+    """The command line as a function. argv: the flags as a list. Returns what `run` returns."""
     with one_line_errors():
         return run(parse_arguments(argv))
 

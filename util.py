@@ -1,12 +1,12 @@
 """Helpers around a run: the device, progress lines, files on disk, and error messages.
 
-Nothing in this file knows about networks, tasks or data. Three rules hold for everything that a
-run leaves on disk:
+Nothing in this file depends on a particular network, task or dataset. Three rules protect the
+checkpoints and metrics of a run:
 
     1. A file is written under a temporary name and then renamed, so a crash keeps the old one.
-    2. A checkpoint that holds a number that is not finite is never written.
+    2. A checkpoint with a NaN or infinite number in it is never written.
     3. A checkpoint is read as tensors and plain data only (torch.load's `weights_only`), and it
-       only loads on top of the frozen backbone it was trained with (`fingerprint`).
+       can only be used with the frozen backbone it was trained with (`fingerprint`).
 
 References: https://docs.pytorch.org/docs/stable/notes/serialization.html
 """
@@ -37,7 +37,10 @@ VERSIONS = {
 
 # --- the machine ----------------------------------------------------------------------------------
 def pick_device(name: str) -> torch.device:
-    """The device called `name` ("cpu", "cuda", "cuda:1", "mps"). ValueError if it is missing."""
+    """The device called `name` ("cpu", "cuda", "cuda:1", "mps").
+
+    Raises ValueError if it cannot be used on this machine.
+    """
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
@@ -48,7 +51,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def amp_dtype(choice: str, device: torch.device) -> torch.dtype | None:
-    """The type that autocast computes in, or None for float32.
+    """The data type that autocast computes in, or None for float32.
 
     "auto" means bf16 on a GPU that supports it, fp16 on an older GPU, and float32 elsewhere.
     """
@@ -73,12 +76,12 @@ def progress(items: Iterable, label: str, total: int | None = None) -> Iterator:
     """Yield `items` one by one and print how many are done and how much time is left.
 
     A terminal shows one line that is updated in place. Elsewhere, as in a log file, a line appears
-    every 15 seconds. Work that takes less than a second prints nothing.
-    total: the number of items, needed when `items` has no length.
+    every 5 seconds. Work that takes less than a second prints nothing.
+    total: the number of items, needed if `items` has no length.
     """
     total = len(items) if total is None else total
     terminal = sys.stdout.isatty()
-    pause = 0.2 if terminal else 15           # seconds between two updates
+    pause = 0.2 if terminal else 5            # seconds between two updates
     start = shown = time.monotonic()
     written = False
     for done, item in enumerate(items, 1):
@@ -99,13 +102,13 @@ def progress(items: Iterable, label: str, total: int | None = None) -> Iterator:
 def reading(path: str | Path, expected: str) -> Iterator[None]:
     """Turn any error while reading a file into a one-line ValueError that names the file.
 
-    expected: what the file should be, for the message, as in "a checkpoint of train.py".
+    expected: the kind of file, for the message, as in "a checkpoint of train.py".
     """
     if not Path(path).is_file():
         raise ValueError(f"no file {path}; expected {expected}")
     try:
         yield
-    except Exception as error:      # readers do not document what a damaged file makes them raise
+    except Exception as error:      # readers do not document what they raise for a damaged file
         if type(error) is ValueError:
             message = f"{path}: {error}"
         else:
@@ -121,8 +124,8 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        raise SystemExit("interrupted; if the run had begun to train, --resume continues it from "
-                         "the end of its last epoch") from None
+        raise SystemExit("interrupted; if training had started, --resume continues from the end of "
+                         "the last complete epoch") from None
     except (ValueError, OSError) as error:
         message = str(error) or repr(error)
         # An error in a data worker arrives as text: a traceback, then the message.
@@ -132,7 +135,7 @@ def one_line_errors() -> Iterator[None]:
 
 # --- writing files --------------------------------------------------------------------------------
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file completely, or leave the one that was there. Raises ValueError."""
+    """Write a file completely, or raise ValueError and leave the old file as it was."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -156,7 +159,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def all_finite(value: Any) -> bool:
-    """Whether every tensor in nested dicts holds finite numbers only."""
+    """Whether all numbers in the tensors of nested dicts are finite."""
     if isinstance(value, dict):
         return all(all_finite(v) for v in value.values())
     return not isinstance(value, Tensor) or bool(value.isfinite().all())
@@ -175,7 +178,7 @@ def save(path: Path, state: dict) -> None:
 
 # --- checkpoints ----------------------------------------------------------------------------------
 def read_checkpoint(path: Path) -> dict:
-    """Read a checkpoint that `save` wrote. Raises ValueError if it is damaged or something else."""
+    """Read a checkpoint that `save` wrote. Raises ValueError if it is damaged, or is not one."""
     with reading(path, "a checkpoint of train.py"):
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():   # torch.load does not compare the checksums
@@ -206,7 +209,7 @@ def fingerprint(model: nn.Module) -> str:
 def load_trained(model: nn.Module, state: dict, path: Path) -> None:
     """Load a checkpoint's trained weights into a model that was built from the same settings.
 
-    Raises ValueError if the frozen backbone is another one, or if the weights do not fit.
+    Raises ValueError if the frozen backbone is a different one, or if the weights do not fit.
     """
     ours = fingerprint(model)
     if state["fingerprint"] != ours:
@@ -228,7 +231,7 @@ def load_trained(model: nn.Module, state: dict, path: Path) -> None:
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, path: Path) -> None:
     """Load AdamW's state. Raises ValueError if a moment has another shape than its parameter.
 
-    AdamW does not check: with smaller moments its fused step would write past their end.
+    AdamW does not check this itself: if moments are smaller, its fused step writes past their end.
     """
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for i, moments in saved["state"].items():

@@ -1,11 +1,11 @@
 """Published weights for a backbone: every tensor is loaded, or none is and an error says why.
 
-Half-loaded weights are the most common cause of failed reproductions. A tensor that is missing or
-left over is therefore always an error. Weights of Swin Transformers come in three layouts:
-Microsoft's official one, which swin.py follows, torchvision's and timm's. The last two are renamed.
+Half-loaded weights ruin a reproduction without any message, so a tensor that is missing or left
+over is always an error. Weights of Swin Transformers come in three layouts: Microsoft's official
+one, which swin.py follows, torchvision's and timm's. The tensors of the last two are renamed.
 
     load_weights(backbone, "imagenet", "tiny")      # Microsoft's file, downloaded once
-    load_weights(backbone, "torchvision", "tiny")   # torchvision's, likewise
+    load_weights(backbone, "torchvision", "tiny")   # torchvision's, also once
     load_weights(backbone, "my_weights.pth")        # a file in any of the three layouts
 
 References: https://github.com/microsoft/Swin-Transformer;
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import get_weight
 
-# Both were trained on ImageNet-1k with images of 224x224 pixels.
+# Microsoft's and torchvision's weights were trained on ImageNet-1k, at 224x224 pixels.
 OFFICIAL_URL = ("https://github.com/SwinTransformer/storage/releases/download/v1.0.0/"
                 "swin_{name}_patch4_window7_224.pth")
 TORCHVISION_NAME = {"tiny": "Swin_T_Weights", "small": "Swin_S_Weights", "base": "Swin_B_Weights"}
@@ -32,7 +32,7 @@ def load_weights(backbone: nn.Module, source: str, name: str = "tiny") -> None:
     """Load published weights into a Swin Transformer, completely or not at all.
 
     source: "imagenet" (Microsoft's file), "torchvision" (IMAGENET1K_V1), or the path of a file in
-    the official, torchvision or timm layout; of a file in assets/ the name is enough. name: the
+    the official, torchvision or timm layout; for a file in assets/, its name is enough. name: the
     preset to download. Raises ValueError if weights cannot be downloaded, read or matched.
     """
     if source in ("imagenet", "torchvision"):
@@ -51,12 +51,15 @@ def load_weights(backbone: nn.Module, source: str, name: str = "tiny") -> None:
 
 
 def fetch(url: str) -> Path:
-    """Download a file into torch's cache, unless it is there already. Returns its path."""
+    """Download a file into torch's cache, unless it is there already. Returns its path.
+
+    Raises ValueError if the download fails.
+    """
     path = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
     if path.is_file():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    # torchvision puts the first digits of the SHA-256 into the name: swin_t-704ceda3.pth.
+    # torchvision puts the first digits of the SHA-256 into the file's name: swin_t-704ceda3.pth.
     match = re.search(r"-([0-9a-f]{8})\.", path.name)
     checksum = match[1] if match else None
     try:
@@ -68,7 +71,10 @@ def fetch(url: str) -> Path:
 
 
 def find_file(source: str) -> Path:
-    """The path of a file of weights, which may be a bare file name in assets/."""
+    """The path of a file; `source` may be the bare name of a file in assets/.
+
+    Raises ValueError if there is no such file.
+    """
     for path in (Path(source), ASSETS / source):
         if path.is_file():
             return path
@@ -77,7 +83,10 @@ def find_file(source: str) -> Path:
 
 
 def read_file(path: Path) -> dict[str, Tensor]:
-    """All tensors of a PyTorch checkpoint, by name; they may be wrapped as {"model": ...}."""
+    """All tensors of a PyTorch checkpoint, by name.
+
+    They may be wrapped, as in {"model": ...}. Raises ValueError if the file is damaged.
+    """
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -87,7 +96,8 @@ def read_file(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load documents no exceptions for a damaged file
         raise ValueError(f"weights: {path} is damaged or is not a PyTorch checkpoint "
-                         f"({type(error).__name__}); delete a broken download first") from error
+                         f"({type(error).__name__}); if it is a broken download, delete it and try "
+                         "again") from error
     for key in ("model", "state_dict"):
         if key in content:
             content = content[key]
@@ -99,7 +109,7 @@ def read_file(path: Path) -> dict[str, Tensor]:
 
 
 def official_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the weights of a Swin Transformer from torchvision's or timm's layout.
+    """Give the weights of a Swin Transformer in torchvision's or timm's layout the official names.
 
     Drops the classifier and its norm, and tables that the network computes itself.
     """
@@ -131,7 +141,7 @@ def from_torchvision(key: str) -> str:
 
 
 def from_timm(key: str) -> str:
-    """Recent versions of timm merge patches at the start of a stage, not at the end of the last."""
+    """Newer timm merges patches at the start of a stage, not at the end of the stage before."""
     for stage in range(3):
         key = key.replace(f"layers.{stage + 1}.downsample.", f"layers.{stage}.downsample.")
     return key
@@ -140,8 +150,8 @@ def from_timm(key: str) -> str:
 def load_all(backbone: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
     """Load `state` into `backbone` if names and shapes are exactly those of its own weights.
 
-    Otherwise raises ValueError, which lists the tensors that are missing, unexpected or of another
-    shape, and changes nothing. source: a file's name, for messages.
+    Otherwise changes nothing and raises ValueError, which lists the tensors that are missing,
+    unexpected or misshapen. source: the file's name, for messages.
     """
     own = backbone.state_dict()
     missing = [key for key in own if key not in state]

@@ -3,9 +3,9 @@
     python -m examples.own_backbone
 
 First measure how similar your tasks are, on the network without adapters; then build the tree; then
-add the adapters. (The other way round, the similarity would look at frozen weights and adapters.)
-Only linear layers can be adapted, and only those that the model calls: ViT's attention reads its
-weights directly, so its MLPs are adapted here. Nothing of model.py or swin.py is needed.
+add the adapters. (In the other order, the gradients of the adapters would enter the similarity.)
+Only linear layers can be adapted, and only those that the model calls. ViT's attention reads its
+weights directly, so this example adapts its MLPs. Nothing from model.py or swin.py is needed.
 """
 
 import torch
@@ -18,8 +18,7 @@ from tglora import add_adapters, freeze, merge, run_stages, split_rank
 
 
 class Classify:
-    """A task of this example: which of ten classes? Loss and valid labels, as similarity.py asks.
-    """
+    """A task with ten classes. similarity.py needs a task's `name`, `valid` and `loss`."""
 
     def __init__(self, name: str):
         self.name = name
@@ -42,7 +41,7 @@ class MultiTaskViT(nn.Module):
         self.stages = [blocks[0:3], blocks[3:6], blocks[6:9], blocks[9:12]]
         self.heads = nn.ModuleDict({task.name: nn.Linear(32, 10) for task in tasks})
         everyone = [tuple(range(len(tasks)))]
-        self.parents, self.group_of = routing([everyone] * 4)   # until there is a tree
+        self.parents, self.group_of = routing([everyone] * 4)   # one group until there is a tree
 
     def branch(self, tree: list, rank: int) -> None:
         """Give each stage adapters of this combined rank, one per group of the tree."""
@@ -53,7 +52,7 @@ class MultiTaskViT(nn.Module):
         self.parents, self.group_of = routing(tree)
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
-        """Image (B, 3, 32, 32) -> {task: logits (B, 10)}."""
+        """image (B, 3, 32, 32) -> {task: logits (B, 10)}."""
         vit = self.backbone
         x = vit._process_input(image)                           # (B, L, C)
         token = vit.class_token.expand(len(x), -1, -1)
@@ -72,7 +71,7 @@ def main() -> dict[str, Tensor]:
     names = [task.name for task in tasks]
     model = MultiTaskViT(tasks)
 
-    examples = []                                               # train your heads first
+    examples = []               # random here; train your heads before you measure similarity
     for _ in range(20):
         labels = {name: torch.randint(10, (1,)) for name in names}
         examples.append((torch.randn(1, 3, 32, 32), labels))

@@ -10,9 +10,9 @@ Every fifth image is for validation. Run it from the folder that holds train.py:
     python -c "import examples.own_dataset, eval; eval.main()" --checkpoint runs/fields/best.pt
 
 It trains with the recipe for photographs (Swin-Tiny with ImageNet weights, 448x448, 300 epochs).
-For a dry run of a minute, without a download:
+For a dry run of about a minute, without a download (--data-root is "photos" by default):
 
-    python -m examples.own_dataset --data-root photos --weights none --backbone mini --size 112 --epochs 2
+    python -m examples.own_dataset --weights none --backbone mini --size 112 --epochs 2
 """
 
 from pathlib import Path
@@ -33,7 +33,7 @@ class Moisture:
     """Share of water in the ground, 0 to 1; the metric is the mean absolute error."""
 
     name = "moisture"
-    kind = "values"             # a number per pixel that a flip or zoom moves and does not change
+    kind = "values"             # one number per pixel; a flip or zoom moves it but keeps its value
     channels = 1                # of the label
     outputs = 1                 # of the prediction
     weight = 10.0               # of the loss in the total (eq. 8)
@@ -50,7 +50,7 @@ class Moisture:
         return error.sum() / valid.sum().clamp(min=1)
 
     def sums(self, pred: Tensor, label: Tensor) -> Tensor:
-        """Sums over some images, to be added up over the dataset: pixels, absolute error."""
+        """Number of valid pixels and sum of errors; eval.py adds these up over all images."""
         error = (pred - label).abs()[self.valid(label)]
         return torch.tensor([len(error), error.sum()])
 
@@ -93,7 +93,7 @@ class Photos(Dataset):
         }
 
 
-# A further class map would need four things: TASKS["material"] = Segmentation("material", 3,
+# Another class map would need four things: TASKS["material"] = Segmentation("material", 3,
 # weight=1.0), its name in "tasks" below, its file, and its entry in __getitem__.
 TASKS["moisture"] = Moisture()
 DATASETS["fields"] = Photos

@@ -2,22 +2,22 @@
 
 The backbone runs once, without a gradient, and gives the maps F_1 to F_4 of its stages before their
 patch merging. The bypass carries one map A_t per task from stage to stage. In every stage it works
-with 1/r of the channels and adapts in two directions, general to task (G2T) and back (T2G), where
-' marks a map that went through the adapter of its task:
+with 1/r of the channels and adapts in two directions, from general to task (G2T) and back (T2G).
+A prime (') marks a map that has passed through the task's adapter:
 
-    A_g2t = H(A_t, F')              H(q, v): x = q + attention(LN q, LN v), x + FFN(LN x)
+    A_g2t = H(A_t, F')              H(q, v): x + FFN(LN x), with x = q + attention(LN q, LN v)
     F_t2g = H(F, A_g2t')            adapter: v + W_up GELU(W_down v)
     A_t   = W_out (A_g2t + F_t2g)   then the frozen patch merging, to the next stage     (eq. 3-8)
 
-MoTE treats the tasks' maps as experts and adds to every task a gated mixture of all of them:
+MoTE treats the tasks' maps as experts, and adds a gated mixture of all of them to each task:
 
     R_t = A_t + gamma_t * sum_q g_t(q) A_q,   g_t = softmax(h_t + N(0, 1) softplus(e_t))  (eq. 9-11)
 
     python train.py --dataset pascal --data-root data --method bdta
 
 Tasks are folded into the batch (task after task), as groups are in tglora.py. The backbone's blocks
-keep no activations, since no gradient flows into them. The frozen mergings pass on the bypass's
-gradient.
+keep no activations, since no gradient flows into them. The bypass's gradient flows through the
+frozen mergings.
 Shapes: B batch, T tasks, H W tokens, C channels, c = C / r, h heads, P points.
 References: the paper, section 3; deformable attention: arXiv 2010.04159, section 4.1, used as in
 ViT-Adapter, arXiv 2205.08534; noisy gates: arXiv 1701.06538.
@@ -32,11 +32,11 @@ from torch import Tensor, nn
 
 from decoders import make_head
 
-EPS = 1e-6      # of every LayerNorm, as in ViT-Adapter
+EPS = 1e-6      # of every LayerNorm in the bypass, as in ViT-Adapter
 
 
 class DeformableAttention(nn.Module):
-    """In each head, a query looks at `points` places of the value map and learns where they are.
+    """For each query, every head reads the value map at only `points` places, which are learned.
 
     A place is an offset, in pixels of the value map, from the position of the query. Values between
     pixels are interpolated bilinearly, and values outside the map are zero. Raises ValueError if
@@ -57,7 +57,7 @@ class DeformableAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Head i first looks in direction i of a circle, its points 1, 2, ... P pixels away."""
+        """At the start, head i looks in direction i of a circle, at points 1 to P pixels away."""
         for linear in self.children():
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
@@ -75,7 +75,7 @@ class DeformableAttention(nn.Module):
         """query (B, H, W, C), value (B, H', W', C) -> (B, H, W, C)."""
         B, H, W, C = query.shape
         h, P = self.heads, self.points
-        # In float32 even under autocast: rounded to bfloat16, a place would be half a pixel off.
+        # float32 even under autocast: in bfloat16, a place could be off by half a pixel.
         dtype = torch.promote_types(query.dtype, torch.float32)
         v = self.value_proj(value).unflatten(3, (h, -1))                    # (B, H', W', h, C/h)
         v = v.permute(0, 3, 4, 1, 2).flatten(0, 1).to(dtype)                # (B*h, C/h, H', W')
@@ -84,7 +84,7 @@ class DeformableAttention(nn.Module):
         dx, dy = offsets.unflatten(3, (h, P, 2)).unbind(-1)                 # (B, H, W, h, P)
         x = centres(W, query.device, dtype)[:, None, None]                  # (W, 1, 1)
         y = centres(H, query.device, dtype)[:, None, None, None]            # (H, 1, 1, 1)
-        x = x + dx * (2 / value.shape[2])       # the map is 2 wide and 2 high for grid_sample
+        x = x + dx * (2 / value.shape[2])       # grid_sample takes the map as 2 wide and 2 high
         y = y + dy * (2 / value.shape[1])
         grid = torch.stack([x, y], -1)                                      # (B, H, W, h, P, 2)
         grid = grid.permute(0, 3, 1, 2, 4, 5).reshape(B * h, H * W, P, 2)
@@ -98,7 +98,7 @@ class DeformableAttention(nn.Module):
 
 
 def centres(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Coordinates of n pixels' centres for grid_sample, whose map reaches from -1 to 1: (n,)."""
+    """The centres of n pixels (n,) in grid_sample's coordinates, where a map spans -1 to 1."""
     return (2 * torch.arange(n, device=device, dtype=dtype) + 1) / n - 1
 
 
@@ -153,7 +153,7 @@ class Direction(nn.Module):
 class BDTA(nn.Module):
     """Bi-directional task adaptation in one stage (section 3.2).
 
-    directions: "g2t", "t2g" or both; with only one of them, its result is the stage's (table 5).
+    directions: "g2t", "t2g" or both. With only one, its result replaces the sum in eq. 8 (table 5).
     """
 
     def __init__(self, dim: int, num_tasks: int, reduction: int = 4,
@@ -217,8 +217,9 @@ class Router(nn.Module):
 class TaskExperts(nn.Module):
     """MoTE in one stage (section 3.3): project, mix, and multiply by the stage's part of W_t.
 
-    width: C_1, the channels of the first stage; bias: whether `fuse` has one (W_t has one bias, so
-    the part of it in only one stage does); mixture: False leaves a task its own expert (table 4).
+    width: C_1, the channels of the first stage.
+    bias: whether `fuse` has a bias. The stages share W_t's one bias, so only one stage gets it.
+    mixture: False leaves each task with only its own expert (table 4).
     """
 
     def __init__(self, dim: int, width: int, num_tasks: int, bias: bool, mixture: bool):
@@ -290,7 +291,8 @@ class BDTANet(nn.Module):
             with torch.no_grad():
                 main = stage.blocks(main)               # F_i (B, h, w, C)
             bypass = adapt(bypass, main)                # A_t of this stage (T*B, h, w, C)
-            # The paper upsamples first. Mixing and 1x1 products commute with it and cost less here.
+            # The paper upsamples first. Mixing and 1x1 products commute with upsampling, and they
+            # cost less before it.
             x = experts(bypass, main).permute(0, 3, 1, 2)               # (T*B, C_1, h, w)
             fused = fused + F.interpolate(x, size, mode="bilinear")     # (T*B, C_1, H/4, W/4)
             with torch.no_grad():

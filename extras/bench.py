@@ -4,14 +4,14 @@
     python -m extras.bench --only backbone,step --batch 4
     python -m extras.bench --device cuda --batch 8 --compile --data-root data
 
-Each comparison has two or more sides, which take turns in every round, so that a machine that
-slows down slows all of them. The first round warms up and is not counted. A row shows the median
-time, the quartiles, and the median over rounds of the ratio to the first side.
+The sides of a comparison take turns in every round, so if the machine slows down, it slows down for
+all of them. The first round is a warm-up and is not counted. A row shows the median time, the
+quartiles, and the ratio to the first side (its median over the rounds).
 
 GMACs are multiply-accumulates as cost.py counts them. Training everything costs three forward
 passes; training through frozen weights costs two, because their own gradients are never computed.
-"of peak" compares the rate with that of one large matrix product. GiB is the peak of the memory
-allocated on a CUDA GPU by this side, weights included; it is not measured on a CPU.
+"of peak" compares the rate with that of one large matrix product. GiB is the peak memory of a
+training step, weights included; it is measured on a CUDA GPU only, and not for every row.
 docs/PERFORMANCE.md discusses the numbers.
 """
 
@@ -66,7 +66,7 @@ def wait(device: torch.device) -> None:
 
 
 def take_turns(args: argparse.Namespace, sides: dict[str, Callable]) -> Seconds:
-    """Time every side in each of args.rounds rounds, after one round that warms up."""
+    """Time every side in each of args.rounds rounds, after one round of warm-up."""
     seconds = {name: [] for name in sides}
     for i in range(args.rounds + 1):
         for name, side in sides.items():
@@ -89,7 +89,7 @@ def matmul_rate(args: argparse.Namespace) -> float:
 
 def make_rows(section: str, seconds: Seconds, gmacs: dict[str, float] | None = None,
               peak_gib: dict[str, float] | None = None) -> Iterator[dict]:
-    """One row per side. gmacs, peak_gib: {side: value}, of the sides that have one."""
+    """One row per side. gmacs, peak_gib: {side: value}, for the sides that have a value."""
     first = next(iter(seconds.values()))
     for name, values in seconds.items():
         low, median, high = np.percentile(values, (25, 50, 75)).tolist()
@@ -106,9 +106,12 @@ def make_rows(section: str, seconds: Seconds, gmacs: dict[str, float] | None = N
         }
 
 
-# --- what is measured -----------------------------------------------------------------------------
+# --- networks and batches -------------------------------------------------------------------------
 def network(args: argparse.Namespace, flags: str) -> tuple[nn.Module, list, argparse.Namespace]:
-    """The network of these flags with random weights: by default PASCAL's four tasks."""
+    """A network with random weights from flags of train.py, for PASCAL's four tasks by default.
+
+    Also returns its tasks and its settings.
+    """
     argv = ["--dataset", "pascal", "--weights", "none", "--backbone", args.backbone]
     config = parse_arguments([*argv, *flags.split()])
     tasks = make_tasks(config.tasks, CLASSES["pascal"])
@@ -133,7 +136,7 @@ def noise(args: argparse.Namespace, batch: int) -> tuple[Tensor, dict[str, Tenso
 
 def trainer(args: argparse.Namespace, model: nn.Module, tasks: list,
             config: argparse.Namespace) -> Callable[[Tensor, dict], Tensor]:
-    """One training step as a function of the image and its labels."""
+    """One training step as a function of a batch of images and their labels."""
     amp = amp_dtype(args.amp, args.device)
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
     scaler = torch.amp.GradScaler(args.device.type, enabled=amp is torch.float16)
@@ -161,7 +164,7 @@ def step_of(args: argparse.Namespace, flags: str,
 
 # --- the sections ---------------------------------------------------------------------------------
 def step(args: argparse.Namespace) -> Iterator[dict]:
-    """One training step of four tasks: three trees, the other methods, four single networks."""
+    """One training step for four tasks, with each tree, each method, and one network per task."""
     sides, gmacs, peak_gib = {}, {}, {}
     for name, flags in TRAINED.items():
         if args.device.type == "cuda":
@@ -170,10 +173,10 @@ def step(args: argparse.Namespace) -> Iterator[dict]:
         sides[name], gmacs[name] = step_of(args, flags)
         if args.device.type == "cuda":
             sides[name]()
-            sides[name]()               # the optimizer's moments exist since the first step
+            sides[name]()               # the first step with the optimizer's moments in memory
             peak_gib[name] = (torch.cuda.max_memory_allocated() - before) / 2 ** 30
 
-    single_steps, name = [], "a LoRA network per task"
+    single_steps, name = [], "one LoRA network per task"
     gmacs[name] = 0.0
     for task in ("semseg", "human_parts", "sal", "normals"):
         single_step, single_gmacs = step_of(args, f"--tasks {task} --rank 16")
@@ -192,7 +195,7 @@ def step(args: argparse.Namespace) -> Iterator[dict]:
 
 
 def backbone(args: argparse.Namespace) -> Iterator[dict]:
-    """The same Swin-Tiny from torchvision and from swin.py: forward, backward."""
+    """Swin-Tiny from torchvision and from swin.py: a forward pass, then forward and backward."""
     torch.manual_seed(0)
     image, _ = noise(args, args.batch)
     amp = amp_dtype(args.amp, args.device)
@@ -216,13 +219,13 @@ def backbone(args: argparse.Namespace) -> Iterator[dict]:
 def forward_and_backward(model: nn.Module, predict: Callable, image: Tensor) -> None:
     model.zero_grad()
     maps = predict(image)
-    if isinstance(maps, list):          # ours returns all four stages, torchvision's the last
+    if isinstance(maps, list):          # ours returns all four maps, torchvision's the last
         maps = maps[-1]
     maps.sum().backward()
 
 
 def inference(args: argparse.Namespace) -> Iterator[dict]:
-    """Four predictions, with adapters next to the weights and with adapters merged into them."""
+    """Predictions for four tasks, before and after the adapters are merged into the weights."""
     amp = amp_dtype(args.amp, args.device)
     for name, flags in ADAPTED.items():
         unmerged, _, _ = network(args, flags)
@@ -245,7 +248,7 @@ def data(args: argparse.Namespace) -> Iterator[dict]:
 
 
 def measure_data(args: argparse.Namespace, name: str, flags: str) -> Iterator[dict]:
-    """Samples of one dataset with its recipe's batch size and augmentation."""
+    """Time one dataset's samples, then fetching and training on its recipe's batches."""
     config = parse_arguments(["--dataset", name, "--weights", "none", "--no-cache",
                               *flags.split()])
     dataset = open_dataset(config, "train")
@@ -267,7 +270,7 @@ def measure_data(args: argparse.Namespace, name: str, flags: str) -> Iterator[di
     train_on = trainer(args, model, tasks, config)
     batch_size = min(len(dataset), config.batch_size)
     same_batch = [list(range(batch_size))] * (args.rounds + 1)
-    batches = iter(loader(InMemory(dataset), same_batch))
+    batches = iter(loader(InMemory(dataset, "images"), same_batch))
     fetched = []
 
     def fetch() -> None:
@@ -339,7 +342,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision; "
         "auto: on a GPU only")
     add("--compile", action="store_true", help="also time TGLoRA's step with torch.compile")
-    add("--data-root", help="folder or archive of NYUD-v2, for its rows of the data section")
+    add("--data-root", help="folder or archive of NYUD-v2, to add its rows to the data section")
     args = parser.parse_args(argv)
     chosen = args.only.split(",")
     if not set(chosen) <= set(SECTIONS):

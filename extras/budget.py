@@ -1,8 +1,8 @@
-"""How many task groups a budget allows, and groups for more tasks than the exact search can handle.
+"""Choose numbers of groups that fit a compute budget, and group hundreds of tasks.
 
 The paper chooses the number of groups per stage by hand. `frontier` starts from the paper's numbers
 and lets the stages give up one group each in turn, the most expensive stage first, until all tasks
-share everything. The first result within the budget wins:
+share everything. The first candidate within the budget wins:
 
     python -m extras.budget --dataset pascal --budget-gmacs 40      # takes the flags of train.py
 
@@ -33,18 +33,18 @@ RESTARTS = 20       # random partitions that the local search starts from
 
 # --- a budget -------------------------------------------------------------------------------------
 class Candidate(NamedTuple):
-    """The cost of a number of groups per stage."""
+    """A number of groups for each stage, and the cost of a network with these groups."""
 
     groups: tuple[int, ...]
     gmacs: float        # for one image, as table 3 counts them
-    trainable: int      # the same for all candidates: groups share a rank, they do not add to it
+    trainable: int      # the same for all candidates, because a stage's groups share one rank
 
 
 def frontier(config: argparse.Namespace) -> list[Candidate]:
     """Numbers of groups for a run, from the paper's choice to 1,1,1,1, the most expensive first.
 
     config: the settings in recipes.py. The network is only measured once, with 1,1,1,1, because
-    a stage with G groups costs G times as much as with one.
+    a stage with G groups costs G times as much as with one group.
     """
     config = copy.copy(config)
     config.groups = (1, 1, 1, 1)
@@ -73,23 +73,25 @@ def frontier(config: argparse.Namespace) -> list[Candidate]:
 
 
 def choose(candidates: Sequence[Candidate], budget_gmacs: float) -> Candidate:
-    """The first candidate within the budget. Raises ValueError if no candidate is."""
+    """The first candidate within the budget. Raises ValueError if even the last one is above it."""
     if not 0 < budget_gmacs < math.inf:
         raise ValueError(f"--budget-gmacs {budget_gmacs}: expected a finite positive number")
     for candidate in candidates:
         if candidate.gmacs <= budget_gmacs:
             return candidate
-    raise ValueError(f"--budget-gmacs {budget_gmacs:g}: even with all stages shared the network "
-                     f"needs {candidates[-1].gmacs:.2f}; use a smaller --size or --backbone")
+    raise ValueError(f"--budget-gmacs {budget_gmacs:g}: even if all tasks share everything, the "
+                     f"network needs {candidates[-1].gmacs:.2f} GMACs; use a smaller --size or "
+                     "--backbone")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print the frontier, and the command that trains with the groups within the budget."""
-    parser = argparse.ArgumentParser(description="Find the numbers of task groups that fit a "
-                                     "budget. All other flags are those of train.py.",
+    """Print the frontier, and the command that trains with the chosen groups."""
+    parser = argparse.ArgumentParser(description="Choose the number of task groups per stage that "
+                                     "fits a budget. All other flags are those of train.py.",
                                      allow_abbrev=False)
-    parser.add_argument("--budget-gmacs", type=float, required=True, help="multiply-accumulates "
-                        "per image in billions, of linear and convolution layers (table 3)")
+    parser.add_argument("--budget-gmacs", type=float, required=True, help="billions of "
+                        "multiply-accumulates per image in linear and convolution layers, counted "
+                        "as in table 3")
     parser.add_argument("--groups", help=argparse.SUPPRESS)
     parser.add_argument("--tree", help=argparse.SUPPRESS)
     options, flags = parser.parse_known_args(argv)
@@ -116,8 +118,9 @@ def listed(groups: Sequence[int]) -> str:
 def near_best_partition(sim: np.ndarray, num_groups: int) -> Partition:
     """A partition into `num_groups` groups that no move of one task and no swap of two improves.
 
-    sim: (T, T) similarities of tasks. Of RESTARTS local searches from random partitions the best
-    result is returned, the same for every call. For ten tasks it is almost always the optimum.
+    sim: (T, T) similarities of tasks. The result is the best of RESTARTS local searches that start
+    from random partitions. The seed is fixed, so every call gives the same result. For ten tasks
+    it is almost always the optimum.
     Raises ValueError if num_groups is not between 1 and T, or if a similarity is not finite.
     """
     check_similarity(sim)
@@ -139,7 +142,8 @@ def near_best_partition(sim: np.ndarray, num_groups: int) -> Partition:
 
 def climb(group_of: np.ndarray, both: np.ndarray, num_groups: int) -> np.ndarray:
     """Take the best move or swap until none improves the score. group_of (T,) -> (T,)."""
-    rounding = 1e-12 * np.abs(both).sum()       # a smaller gain is none: we would go in circles
+    # A gain below this is a rounding error, and following it could lead in circles.
+    rounding = 1e-12 * np.abs(both).sum()
     while True:
         gain, better = best_neighbour(group_of, both, num_groups)
         if gain <= rounding:
@@ -149,7 +153,7 @@ def climb(group_of: np.ndarray, both: np.ndarray, num_groups: int) -> np.ndarray
 
 def best_neighbour(group_of: np.ndarray, both: np.ndarray,
                    num_groups: int) -> tuple[float, np.ndarray]:
-    """The best partition that is one move or one swap away, and how much higher its score is.
+    """The best partition that is one move or one swap away.
 
     both: (T, T), the similarities of each pair in both directions added up, 0 on the diagonal.
     Returns (gain in score, group_of (T,)).
@@ -184,7 +188,10 @@ def best_neighbour(group_of: np.ndarray, both: np.ndarray,
 
 
 def affinity(pairs: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """The score of groups (eq. 5 summed over their tasks) from their sums over all pairs."""
+    """Scores of groups (eq. 5, summed over their tasks).
+
+    pairs: for each group, the sum of `both` over its pairs of tasks; size: its number of tasks.
+    """
     return np.where(size > 1, pairs / np.maximum(size - 1, 1), 0)
 
 

@@ -1,16 +1,16 @@
-"""Read every file of NYUD-v2 or PASCAL-Context once, before days are spent on training with it.
+"""Read every file of NYUD-v2 or PASCAL-Context once, before you spend days training on it.
 
     python -m extras.check --dataset nyud --data-root data        # exit code 0: the data are usable
 
-Every fault is listed: files that are missing, damaged or of another size than their image, classes
-that do not exist, depth in millimetres, normals that are not of length 1, images that are in both
-splits, and tasks without any valid pixel in a split. Single images without labels for a task are
-no fault, because training skips them; they are listed too. Then numbers follow that a person can
-judge: image sizes, the share of valid pixels, the frequency of each class, the range of depth, and
-the mean normal.
+First it prints numbers for you to judge: image sizes, the share of valid pixels, the frequency of
+each class, the range of depth, and the mean normal. Then it lists every fault: files that are
+missing, damaged or of another size than their image, classes that do not exist, depth in
+millimetres, normals that are not of length 1, images that are in both splits, and tasks without any
+valid pixel in a split. An image without labels for a task is not a fault, because the task's loss
+ignores it. It is listed with the numbers.
 
-The file that is about to be read is always shown (on stderr), so if a damaged MATLAB file crashes
-its reader and Python with it, the last line names this file.
+The name of each file is shown on stderr before the file is read. If a damaged MATLAB file crashes
+its reader, and Python with it, the last line names that file.
 """
 
 import argparse
@@ -61,7 +61,8 @@ class Summary:
         if self.valid:
             text += "   " + self.values()
         if self.empty:
-            text += f"\n{'':<15}no valid pixel in {len(self.empty)} images: {shortened(self.empty)}"
+            text += (f"\n{'':<15}images without a valid pixel: {len(self.empty)} "
+                     f"({shortened(self.empty)})")
         return text
 
     def values(self) -> str:
@@ -81,7 +82,7 @@ def shortened(ids: list[str]) -> str:
 
 
 def show(text: str) -> None:
-    """Replace the line that is shown on stderr. Flushed, so that a crash cannot swallow it."""
+    """Replace the line that is shown on stderr, and flush it, so that a crash cannot swallow it."""
     print(f"\r{text:<79}", end="", file=sys.stderr, flush=True)
 
 
@@ -122,8 +123,7 @@ def check_split(name: str, root: Path, split: str) -> tuple[list[str], str, list
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Check both splits of the dataset that the flags name. Exits with an error if it has faults.
-    """
+    """Check both splits of a dataset. Exits with an error if it has faults."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
@@ -137,11 +137,11 @@ def main(argv: list[str] | None = None) -> None:
     faults += val_faults
     both = sorted(set(train_ids) & set(val_ids))
     if both:
-        faults.append(f"{args.dataset}: {len(both)} images are in both train and val: "
-                      f"{shortened(both)}")
+        faults.append(f"{args.dataset}: images that are in both train and val: {len(both)} "
+                      f"({shortened(both)})")
     print(train_text, val_text, *faults, sep="\n")
     if faults:
-        raise SystemExit(f"{root} is not usable: it has {len(faults)} faults, listed above")
+        raise SystemExit(f"{root} is not usable; number of faults listed above: {len(faults)}")
     print(f"{root} is usable")
 
 

@@ -1,4 +1,4 @@
-"""Take a run's network elsewhere: merged into one graph, or only its backbone.
+"""Export the network of a run: as one graph with merged adapters, or only its backbone.
 
     python -m extras.export --checkpoint runs/nyud/best.pt --merge nyud.pt2
     python -m extras.export --checkpoint runs/full/best.pt --export-backbone backbone.pth
@@ -8,8 +8,8 @@ The merged graph needs none of our code:
     network = torch.export.load("nyud.pt2").module()
     predictions = network(images)       # (B, 3, H, W) -> {task: (B, outputs, H, W)}
 
-Images have the size that the network was trained with. They are RGB values in 0..1, minus
-data.MEAN and divided by data.STD. An existing file is never overwritten.
+Images must have the size that the network was trained with, and hold RGB values in 0..1 minus
+data.MEAN, divided by data.STD. An existing file is never overwritten.
 Reference: https://docs.pytorch.org/docs/stable/export.html
 """
 
@@ -24,7 +24,7 @@ from eval import load_run
 from tglora import merge
 from util import one_line_errors, write_whole
 
-TOLERANCE = 1e-4        # of the largest prediction, between the merged and the unmerged network
+TOLERANCE = 1e-4        # how far merged predictions may be off, as a share of the largest one
 
 
 def refuse_existing(path: Path) -> None:
@@ -34,7 +34,7 @@ def refuse_existing(path: Path) -> None:
 
 
 def largest_difference(predictions: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """The largest difference of any task, as a share of the task's largest prediction."""
+    """The largest difference in any task, as a share of the task's largest expected value."""
     worst = 0.0
     for task, value in expected.items():
         error = (predictions[task] - value).abs().max() / value.abs().max()
@@ -74,7 +74,7 @@ def export_merged(model: nn.Module, size: tuple[int, int], path: Path) -> str:
 def export_backbone(model: nn.Module, method: str, path: Path) -> str:
     """Write the backbone's weights in fp16, under the names that --weights reads.
 
-    method: that of the run. Raises ValueError if `path` exists or if the run's backbone was frozen.
+    method: the run's --method. Raises ValueError if `path` exists or if the backbone was frozen.
     """
     refuse_existing(path)
     if method != "full":

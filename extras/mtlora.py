@@ -1,10 +1,10 @@
 """MTLoRA and MTLoRA+ (Agiza et al., CVPR 2024): shared adapters, and task-specific ones per stage.
 
-In the blocks of a stage all tasks share plain LoRA of rank r, up to the attention of the last one.
-From that block's `proj` on, the batch carries 1 + T groups. Group 0 keeps the shared adapter and
-goes on to the next stage. Groups 1 to T use the tasks' own adapters, pass the same patch merging
-and go only to the decoders. In these layers the frozen product is that of the shared features x_0,
-computed once, and only a task's adapter reads the task's own features x_t:
+Within a stage, all tasks share plain LoRA adapters of rank r, up to the attention of the last
+block. At that block's `proj`, the batch branches into 1 + T groups. Group 0 keeps the shared
+adapter and goes on to the next stage. Groups 1 to T use the tasks' own adapters, pass through the
+same patch merging, and go only to the decoders. In these layers the frozen product is computed
+once, from the shared features x_0. Only the task's adapter reads the task's own features x_t:
 
     y_0 = W x_0 + b + gamma B_0 A_0 x_0
     y_t = W x_0 + b + gamma B_t A_t x_t             (MTLoRA, section 3.2, eq. 2 and figure 3)
@@ -20,7 +20,8 @@ gives it a shared adapter instead; its task-specific adapters have rank r as wel
 
 Shapes: B batch, G = 1 + T groups (group after group, as in tglora.py), T tasks, H W tokens,
 C channels, k inputs, d outputs, N rows per group.
-References: arXiv 2403.20320; https://github.com/scale-lab/MTLoRA (the inputs in eq. 2, dropout).
+References: arXiv 2403.20320; https://github.com/scale-lab/MTLoRA (which inputs eq. 2 reads, and
+where dropout acts).
 """
 
 from collections.abc import Sequence
@@ -36,7 +37,7 @@ TASK_SPECIFIC = ("attn.proj", "mlp.fc1", "mlp.fc2")
 
 
 class SharedProductLinear(TGLoRALinear):
-    """A linear layer with 1 + T adapters around one frozen product, that of group 0.
+    """A linear layer whose 1 + T adapters share one frozen product, that of group 0.
 
     A rank of 0 leaves a group without an adapter.
     """
@@ -48,13 +49,13 @@ class SharedProductLinear(TGLoRALinear):
         G = len(self.ranks)
         x = x.unflatten(0, (G, -1))
         shared, tasks = x[0], x[1:]                 # (B, ..., k) and (T, B, ..., k)
-        # The published code drops only the shared adapter's input here.
+        # As in the published code, dropout acts only on the shared adapter's input here.
         return self.outputs(shared, self.drop(shared), tasks)
 
     def outputs(self, shared: Tensor, dropped: Tensor, tasks: Tensor) -> Tensor:
         """Eq. 2. shared, dropped (B, ..., k); tasks (T, B, ..., k) -> (G*B, ..., d).
 
-        dropped: the shared features after dropout, as input of the shared adapter.
+        dropped: the shared features after dropout, which the shared adapter reads.
         """
         T = len(self.ranks) - 1
         d, k = self.weight.shape
@@ -71,7 +72,10 @@ class SharedProductLinear(TGLoRALinear):
         """Does nothing: folding B_t A_t into W would cost one frozen product per group."""
 
     def macs(self, rows: int) -> tuple[int, int]:
-        """Multiply-accumulates for `rows` inputs per group: of W and b, and of the adapters."""
+        """Multiply-accumulates for `rows` rows per group: of W with its bias, and of the adapters.
+
+        W is applied only once, to the rows of group 0.
+        """
         d, k = self.weight.shape
         frozen = rows * d * k
         if self.bias is not None:
@@ -80,7 +84,7 @@ class SharedProductLinear(TGLoRALinear):
 
 
 class BranchingLinear(SharedProductLinear):
-    """The layer in which the groups begin: all of them read the same input."""
+    """The layer where the groups begin: all groups read the same input."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, ..., k) -> (G*B, ..., d)."""
@@ -90,9 +94,9 @@ class BranchingLinear(SharedProductLinear):
 
 
 class BranchingStage(nn.Module):
-    """A stage of the backbone in whose last block the 1 + T groups begin.
+    """A stage of the backbone whose last block branches into 1 + T groups.
 
-    It takes over the modules of the stage under their names, so names of weights do not change.
+    It takes over the stage's modules under the same names, so the names of weights do not change.
     """
 
     def __init__(self, stage: nn.Module):
@@ -130,26 +134,28 @@ def adapt(backbone: nn.Module, names: Sequence[str], num_tasks: int, rank: int,
           without: Sequence[str] = (), frozen: Sequence[str] = ()) -> None:
     """Turn a backbone into MTLoRA's, in place.
 
-    names: the linear layers that get adapters (ADAPTED of the backbone); rank: of the shared
-    adapters; task_rank: of the task-specific ones; plus: also adapt the patch merging (MTLoRA+,
-    which uses task_rank = rank). For MTLoRA's ablations: `without` lists linear layers of `names`
-    that get no adapter (table 2), and `frozen` lists parts of names of backbone weights that are
-    not trained (table 3). Raises ValueError for a name that does not occur.
+    names: the linear layers that get adapters, such as the backbone's ADAPTED["attn+mlp"].
+    rank, task_rank: the ranks of the shared and of the task-specific adapters.
+    plus: also adapt the patch merging. MTLoRA+ does this, with task_rank = rank.
+    without: an ablation (table 2): those of `names` that get no adapter after all.
+    frozen: an ablation (table 3): weights of the backbone whose names contain one of these are not
+        trained.
+    Raises ValueError for a name that does not occur.
     """
     for name in without:
         if name not in names:
-            raise ValueError(f"adapt: without {name!r}: expected some of {', '.join(names)}")
+            raise ValueError(f"adapt: without {name!r}: expected one of {', '.join(names)}")
     names = [name for name in names if name not in without]
     for i, stage in enumerate(backbone.layers):
         for block in stage.blocks[:-1]:
             add_adapters(block, names, (rank,), dropout=dropout)
         adapt_last_block(stage.blocks[-1], names, num_tasks, rank, dropout, task_rank)
-        if plus and hasattr(stage.downsample, "reduction"):     # Swin, before another stage
+        if plus and hasattr(stage.downsample, "reduction"):     # Swin's patch merging
             add_adapters(stage.downsample, ("reduction",), (rank,), dropout=dropout)
         backbone.layers[i] = BranchingStage(stage)
     freeze(backbone, backbone.OTHERS)
     for module in backbone.modules():
-        if isinstance(module, TGLoRALinear):    # MTLoRA+: the merging is one of the "others"
+        if isinstance(module, TGLoRALinear):    # freeze() counts the adapted merging as "others"
             module.weight.requires_grad_(False)
     for part in frozen:
         matching = [p for name, p in backbone.named_parameters() if part in name]
@@ -162,7 +168,7 @@ def adapt(backbone: nn.Module, names: Sequence[str], num_tasks: int, rank: int,
 def adapt_last_block(block: nn.Module, names: Sequence[str], num_tasks: int, rank: int,
                      dropout: float, task_rank: int) -> None:
     """Give the last block of a stage its shared and task-specific adapters, in place."""
-    shared_only = [name for name in names if name not in TASK_SPECIFIC]     # qkv; q and kv of PVT
+    shared_only = [name for name in names if name not in TASK_SPECIFIC]     # qkv, or PVT's q, kv
     add_adapters(block, shared_only, (rank,), dropout=dropout)
     for name in TASK_SPECIFIC:
         ranks = (rank, *[task_rank] * num_tasks)

@@ -1,14 +1,14 @@
 """Pyramid Vision Transformer v2 (Wang et al., 2022), from scratch: another backbone to adapt.
 
-An image becomes overlapping patches of 7x7 pixels, 4 apart. Each of four stages attends over its
-whole map. Keys and values come from a map that a convolution has made R = 8, 4, 2 or 1 times
-smaller:
+An image becomes overlapping patches of 7x7 pixels with a stride of 4. Each of the four stages
+attends over its whole map. To keep this affordable, keys and values come from a map that a
+convolution has made R times smaller, with R = 8, 4, 2 and 1 in the four stages:
 
     attention(x) = softmax(q(x) k(z)' / sqrt(C / h)) v(z),    z = norm(conv(x)), R times smaller
 
-In the MLP a depth-wise 3x3 convolution looks at the neighbours. Its zero padding also tells a token
-where it is, so there are no position embeddings and no windows. As in swin.py, a stage ends with
-the layer that makes the tokens of the next one: overlapping patches of 3x3 tokens, 2 apart.
+In the MLP, a depth-wise 3x3 convolution looks at each token's neighbours. Its zero padding also
+tells a token where it is, so position embeddings are not needed. As in swin.py, a stage ends with
+the layer that makes the tokens of the next one: overlapping patches of 3x3 tokens, with stride 2.
 
     backbone = build_pvt("b2")
     load_weights(backbone, "imagenet", "b2")
@@ -53,7 +53,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         if ratio > 1:
             self.sr = nn.Conv2d(dim, dim, ratio, stride=ratio)  # "spatial reduction"
-            self.norm = nn.LayerNorm(dim)   # its epsilon is 1e-5, that of the blocks' norms 1e-6
+            self.norm = nn.LayerNorm(dim)   # epsilon 1e-5, unlike the blocks' norms
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
@@ -157,9 +157,9 @@ class Stage(nn.Module):
 class PyramidVisionTransformer(nn.Module):
     """The backbone: `patch_embed`, then four stages. `channels` are those of the stages' maps.
 
-    The attributes are those of swin.SwinTransformer, so the stages are called `layers`. OTHERS are
-    patch embeddings, every LayerNorm, and the depth-wise convolutions, which take the place of
-    Swin's position biases.
+    It has the same attributes as swin.SwinTransformer, so the stages are called `layers`. OTHERS
+    are the patch embeddings, every LayerNorm, and the depth-wise convolutions, which take the place
+    of Swin's position biases.
     """
 
     ADAPTED = {"attn": ("attn.q", "attn.kv", "attn.proj"),
@@ -174,7 +174,7 @@ class PyramidVisionTransformer(nn.Module):
         self.patch_embed = PatchEmbed(3, dims[0], kernel=7, stride=4)
         self.layers = nn.ModuleList()
         num_blocks = sum(depths)
-        rates = [drop_path * i / (num_blocks - 1) for i in range(num_blocks)]  # more when deeper
+        rates = [drop_path * i / (num_blocks - 1) for i in range(num_blocks)]  # grows with depth
         for i, depth in enumerate(depths):
             next_dim = dims[i + 1] if i + 1 < len(dims) else None
             start = sum(depths[:i])
@@ -186,7 +186,7 @@ class PyramidVisionTransformer(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Conv2d):
-                # The outputs that read one weight: He's initialisation for the backward pass.
+                # He's initialisation by fan-out: the number of outputs that read one input.
                 fan_out = module.weight[:, 0].numel() / module.groups
                 nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)
                 nn.init.zeros_(module.bias)
@@ -216,8 +216,8 @@ def load_weights(backbone: nn.Module, source: str, name: str = "b2") -> None:
     """Load published weights, completely or not at all, as weights.load_weights does for Swin.
 
     source: "imagenet" (the official file, downloaded once) or the path of a file in the official
-    layout, timm's or the one of this module; name: the preset to download. Raises ValueError if
-    weights cannot be downloaded, read or matched.
+    layout, timm's or this module's; name: the preset to download. Raises ValueError if weights
+    cannot be downloaded, read or matched.
     """
     if source == "torchvision":
         raise ValueError("weights: torchvision has no weights of PVT v2; expected imagenet or the "

@@ -592,7 +592,9 @@ def train_and_report(args: argparse.Namespace, flags: list[str]) -> None:
     flags = SETTINGS.get(dataset, "").split() + flags
     rates = None
     if args.quick:
-        recorded = read_study(Path(__file__).parent.parent / f"docs/study_{dataset}.json")
+        path = Path(__file__).parent.parent / f"docs/study_{dataset}.json"
+        recorded = read_study(path)
+        print(json.loads(path.read_text()).get("note", ""))
         rates = recorded["rates"]
         args.arms, args.seeds = QUICK_ARMS, SEEDS[:1]
     study = Study(args.out, flags, args.jobs)

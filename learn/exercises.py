@@ -14,23 +14,25 @@ from tglora import TGLoRALinear
 
 def elementwise_similarity(g: Tensor, g_other: Tensor) -> Tensor:
     """1. Eq. 2 as Task2Vec means it: divide each entry of both gradients (P,) by the sum of the two
-    absolute values at that place, and take the cosine of the results. (No entry here is 0.)"""
+    absolute values at that place, and take the cosine of the results. (Assume no entry is 0.)"""
     raise NotImplementedError
 
 
 def merged_weight(layer: TGLoRALinear, group: int) -> Tensor:
-    """2. The one weight (d, k) that does for a group of tasks what W and its adapter do together."""
+    """2. The single weight (d, k) that replaces W and the adapter of this group."""
     raise NotImplementedError
 
 
-def algorithm_1_from_zero(partition: Partition, sim: np.ndarray, num_groups: int) -> Partition | None:
+def algorithm_1_from_zero(partition: Partition, sim: np.ndarray,
+                          num_groups: int) -> Partition | None:
     """3. Algorithm 1 as the paper prints it: the best score starts from 0, not from minus infinity.
     Return None if no merge scores above 0. When does that happen?"""
     raise NotImplementedError
 
 
 def extreme_trees(num_tasks: int) -> tuple[list[Partition], list[Partition]]:
-    """4. Two trees of four stages: one shares everything, in the other no tasks share an adapter."""
+    """4. Two trees of four stages: in the first, all tasks share everything; in the second, no two
+    tasks share an adapter."""
     raise NotImplementedError
 
 
@@ -44,8 +46,9 @@ def person_task() -> tuple[object, object]:
 class TGLoRAConv2d(nn.Module):
     """6. A frozen convolution with an adapter per group: y_g = conv(x_g) + gamma * B_g(A_g(x_g)).
 
-    A_g is a convolution with the kernel, stride and padding of `conv` and r outputs, B_g a 1x1
-    convolution that starts at zero; neither has a bias. Groups are folded into the batch.
+    A_g is a convolution with the kernel size, stride and padding of `conv` and with r output
+    channels. B_g is a 1x1 convolution that starts at zero. Neither has a bias. The batch holds one
+    group after another, as in TGLoRALinear.
     """
 
     def __init__(self, conv: nn.Conv2d, ranks: tuple[int, ...], scale: float = 4.0):

@@ -23,8 +23,9 @@ def merged_weight(layer: TGLoRALinear, group: int) -> Tensor:
     return layer.weight + layer.scale * B @ A
 
 
-def algorithm_1_from_zero(partition: Partition, sim: np.ndarray, num_groups: int) -> Partition | None:
-    """With negative similarities, no merge scores above 0, so nothing is ever chosen."""
+def algorithm_1_from_zero(partition: Partition, sim: np.ndarray,
+                          num_groups: int) -> Partition | None:
+    """If all similarities are negative, no merge scores above 0, so no merge is chosen."""
     while len(partition) > num_groups:
         best, best_score = None, 0
         for a, b in combinations(partition, 2):
@@ -61,7 +62,7 @@ class TGLoRAConv2d(nn.Module):
             nn.init.zeros_(self.B[-1].weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x)                                    # one product for all groups
+        y = self.conv(x)                                    # one convolution for all groups
         parts = x.chunk(len(self.A))
         low_rank = [B(A(part)) for A, B, part in zip(self.A, self.B, parts)]
         return y + self.scale * torch.cat(low_rank)

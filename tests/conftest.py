@@ -1,9 +1,9 @@
-"""Shared by the tests: small datasets in the layouts of the published archives, and real ones.
+"""Shared by the tests: small datasets in the layouts of the published archives.
 
 Rendered rooms stand in for photos, so that nobody needs to own the real archives: a test asks for
 `nyud_folder` or `pascal_folder` (a fresh copy, which it may damage) or for `nyud_archive` or
-`pascal_archive` (a .tgz). A few real images are tested as well where they exist: TGLORA_DATA names
-the folder with NYUD_MT_mini.tgz and PASCAL_MT_mini.tgz.
+`pascal_archive` (a .tgz). Some tests read a few real images. They are skipped unless TGLORA_DATA
+names a folder with NYUD_MT_mini.tgz and PASCAL_MT_mini.tgz.
 """
 
 import functools
@@ -33,11 +33,11 @@ NYUD_ROOMS = {
 }
 PASCAL_ROOMS = {
     "2008_000008": ("train", 6, (44, 50), ()),
-    "2008_000009": ("train", 5, (37, 50), ()),
-    "2008_000019": ("train", 1, (27, 48), ()),
+    "2008_000009": ("train", 5, (37, 50), ("human_parts",)),
+    "2008_000019": ("train", 1, (27, 48), ("human_parts",)),
     "2008_000026": ("val", 11, (50, 37), ()),
 }
-# The number that stands on disk for floor, ceiling, wall, box, sphere, cylinder and person.
+# The numbers stored on disk for floor, ceiling, wall, box, sphere, cylinder and person.
 NYUD_NUMBERS = np.array([2, 22, 1, 29, 40, 38, 31], np.uint8)
 PASCAL_NUMBERS = np.array([0, 0, 0, 9, 20, 5, 15], np.uint8)
 CONTEXT_NUMBERS = np.array([158, 3, 457, 104, 207, 1, 2], np.uint16)    # NYUD has the first four
@@ -47,7 +47,7 @@ PART_NAMES = {1: ("hair", "head"), 2: ("neck", "torso"), 3: ("luarm", "ruarm"),
 
 @functools.cache
 def costs(*flags: str) -> dict:
-    """The costs that `python cost.py` prints for these flags, computed once per session."""
+    """The costs that `python cost.py` prints for these flags, computed only once."""
     from cost import cost
     from recipes import parse_arguments
     return cost(parse_arguments(list(flags)))
@@ -103,7 +103,7 @@ def write_pascal(root: Path) -> None:
     """PASCAL_ROOMS in the layout of PASCAL_MT.tgz, with PASCAL's MATLAB files."""
     savemat = pytest.importorskip("scipy.io").savemat
     write_splits(root / "ImageSets/Context", PASCAL_ROOMS)
-    for id, (_, number, size, _) in PASCAL_ROOMS.items():
+    for id, (_, number, size, missing) in PASCAL_ROOMS.items():
         sample = room(number, size)
         classes = PASCAL_NUMBERS[sample["semseg"]]
         classes[:2] = 255
@@ -115,15 +115,17 @@ def write_pascal(root: Path) -> None:
         write(root / f"sal_distill/{id}.png", sample["sal"] * 255)
         for folder in ("human_parts", "pascal-context/trainval"):
             (root / folder).mkdir(parents=True, exist_ok=True)
+        if "human_parts" in missing:
+            sample["human_parts"][:] = 255      # as if nobody were there
         savemat(root / f"human_parts/{id}.mat", {"anno": annotation(sample["human_parts"])})
         context = {"LabelMap": CONTEXT_NUMBERS[sample["semseg"]]}
         savemat(root / f"pascal-context/trainval/{id}.mat", context)
 
 
 def annotation(parts: np.ndarray) -> dict:
-    """PASCAL-Part's annotation of a person with these parts (H, W) if there is one, and of a cow.
+    """PASCAL-Part's annotation of a cow and, if there is one, of a person with these parts (H, W).
 
-    The left half of a part has one name, the right half another.
+    The left and the right half of each part have different names.
     """
     left = np.zeros(parts.shape, bool)
     left[:, :parts.shape[1] // 2] = True
@@ -187,7 +189,7 @@ def pascal_archive(pascal_original, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def server(tmp_path):
-    """A folder (Path) and the address from where its files can be downloaded."""
+    """A folder (Path) and the address from which its files can be downloaded."""
     folder = tmp_path / "server"
     folder.mkdir()
     handler = functools.partial(SimpleHTTPRequestHandler, directory=str(folder))
@@ -198,7 +200,7 @@ def server(tmp_path):
 
 
 def copy_of_real(name: str, folder: Path) -> Path:
-    """A copy in `folder`, because an archive is unpacked next to itself. Skips without the file."""
+    """Copy an archive to `folder`, where it can be unpacked. Skips the test if it is missing."""
     path = Path(os.environ.get("TGLORA_DATA", ""), name)
     if not path.is_file():
         pytest.skip(f"needs real images: set TGLORA_DATA to a folder with {name}, an archive of a "

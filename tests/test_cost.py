@@ -37,7 +37,7 @@ def parameters(*flags):
     ("pascal", 16, "attn", 2_370_560), ("nyud", 63, "attn+mlp", 5_932_916),
     ("nyud", 63, "attn+mlp+others", 7_532_462), ("nyud", 63, "attn", 3_150_836)])
 def test_trained_parameters_are_the_papers(dataset, rank, layers, trained):
-    """Tables 1, 2, 5 and 6. Groups share a rank, so their number changes nothing."""
+    """The counts are those of tables 1, 2, 5 and 6, whatever the number of groups."""
     flags = ["--dataset", dataset, "--layers", layers, "--rank", str(rank)]
     count = parameters(*flags)
     decoders = {"pascal": 1_946_624, "nyud": 1_481_588}[dataset]
@@ -51,7 +51,7 @@ def test_trained_parameters_are_the_papers(dataset, rank, layers, trained):
 
 @pytest.mark.parametrize("dataset, decoders", [("pascal", 1_946_624), ("nyud", 1_481_588)])
 def test_parameters_of_the_baselines(dataset, decoders):
-    """Decoders only: as printed. Full fine-tuning: the sum of all parts, unlike the paper's."""
+    """The decoders have the paper's count; full fine-tuning counts all parts, unlike the paper."""
     flags = ["--dataset", dataset, "--method"]
     assert parameters(*flags, "decoders")["trainable"] == decoders
     full = parameters(*flags, "full")
@@ -65,7 +65,7 @@ def test_parameters_of_the_baselines(dataset, decoders):
     ("pascal", "1,2,2,4", PASCAL, 41.37, 41.38), ("nyud", "1,1,1,1", "semseg", 18.56, 18.56),
     ("nyud", "1,1,1,1", NYUD, 20.52, 20.53), ("nyud", "1,1,2,3", NYUD, 34.64, 34.65)])
 def test_macs_are_those_of_table_3_and_section_9(dataset, groups, tasks, ours, papers):
-    """Linear and convolution layers without adapters: at most 0.02 from the paper's."""
+    """GMACs of linear and convolution layers differ from the paper's by at most 0.02."""
     count = costs("--dataset", dataset, "--groups", groups, "--tasks", tasks)
     assert round(count["macs_linear_conv"] / 1e9, 2) == ours
     assert abs(ours - papers) < 0.021
@@ -74,7 +74,7 @@ def test_macs_are_those_of_table_3_and_section_9(dataset, groups, tasks, ours, p
 # --- counting -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("merged", [False, True])
 def test_the_true_cost_is_that_of_pytorchs_counter(merged):
-    """It counts two FLOPs per MAC and leaves out biases. The groups have different ranks."""
+    """The true cost is at most 1 % above PyTorch's count, which leaves out biases."""
     config = parse_arguments(["--weights", "none", "--rank", "48", "--tasks", "depth,sal,edge"])
     model = build(config, make_tasks(config.tasks, None), uneven_tree(3, config.groups))
     if merged:
@@ -82,13 +82,13 @@ def test_the_true_cost_is_that_of_pytorchs_counter(merged):
     model.eval()
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         model(torch.randn(1, 3, 112, 112))
-    expected = counter.get_total_flops() / 2
+    expected = counter.get_total_flops() / 2        # two FLOPs per MAC
     macs = cost.count_macs(model, (112, 112))
     assert expected < macs["macs_all"] == pytest.approx(expected, rel=0.01)
 
 
 def test_macs_of_each_module():
-    """By hand, for a convolution, a linear layer that runs twice, and attention."""
+    """MACs computed by hand agree: a convolution, a linear layer that runs twice, attention."""
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -122,7 +122,7 @@ def test_a_tree_from_a_file_has_its_own_cost(tmp_path):
 
 
 def test_the_command_prints_text_or_json(capsys):
-    """Parameters, table 3's MACs and the true ones; bad input is one line."""
+    """cost.py prints parameters and both counts of MACs as text or JSON; bad input is one line."""
     flags = ["--tasks", "depth,sal", "--size", "64x96"]
     cost.main([*flags, "--json"])
     printed = json.loads(capsys.readouterr().out)

@@ -1,4 +1,4 @@
-"""data.py: checked samples, batches, and the warp against rendered views and a slow plain one."""
+"""data.py: checked samples, batches, and the warp against rendered views and a plain version."""
 
 from argparse import Namespace
 from multiprocessing import get_all_start_methods
@@ -30,7 +30,7 @@ def own(monkeypatch):
 
 
 class Photos(Dataset):
-    """A user's own dataset, of one sample, or of one error that reading it raises."""
+    """A user's own dataset with a single sample, or with an error that reading it raises."""
 
     def __init__(self, sample):
         self.sample = sample
@@ -51,7 +51,7 @@ def check(sample, *names):
 
 # --- samples --------------------------------------------------------------------------------------
 def test_labels_may_be_arrays_without_a_channel_axis(own):
-    """They become tensors; values that are not finite become 0; other entries are left out."""
+    """Arrays become tensors, values that are not finite become 0, other entries are left out."""
     height = np.array([[0.25, -1.5, np.nan], [np.inf, 3, 0]])
     things = np.array([[0, 6, 255], [1, 2, 3]])
     image = np.zeros((3, 2, 3), np.uint8)
@@ -85,7 +85,7 @@ def test_wrong_samples_are_refused(own, name, label, message):
 
 
 def test_missing_labels_and_unknown_kinds_are_refused(own, monkeypatch):
-    """A missing label is noticed at its sample, and an unknown kind at once."""
+    """A missing label is an error when its sample is read; an unknown kind is one at once."""
     with pytest.raises(ValueError, match="^photos val: sample 0: it has no depth; it has image, a"):
         check({"image": torch.zeros(3, 4, 6).byte(), "a": 1}, "depth")
     monkeypatch.setattr(OWN["height"], "kind", "heights")
@@ -95,7 +95,7 @@ def test_missing_labels_and_unknown_kinds_are_refused(own, monkeypatch):
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_bad_input_in_a_users_dataset_is_one_line(workers):
-    """It names the sample and keeps all lines; a worker sends a traceback that ends with it."""
+    """The error names the sample and joins its lines; a worker puts a traceback in front of it."""
     dataset = Checked("photos val", Photos(OSError("cannot read\n  a.png")), [])
     with pytest.raises(ValueError, match="sample 0: cannot read a.png\n?$"):
         next(iter(loader(dataset, [[0]], workers)))
@@ -105,42 +105,46 @@ def test_bad_input_in_a_users_dataset_is_one_line(workers):
     ((1, 2), "it is a tuple; expected a dict"),
     ({"image": "photo.png"}, "its image cannot become a tensor"),
     (ValueError(), r"ValueError\(\)")])
-def test_samples_that_are_no_samples_are_refused(sample, message):
-    """Not a dict, not an array, or an error without words."""
+def test_samples_without_the_right_form_are_refused(sample, message):
+    """A sample may be no dict, have an image that is no array, or raise an empty error."""
     with pytest.raises(ValueError, match=f"^photos val: sample 0: {message}"):
         check(sample, "depth")
 
 
-def test_the_end_of_an_iterator_does_not_end_the_dataset():
-    """A StopIteration in __getitem__ would silently end a loader's loop."""
+def test_a_stop_iteration_does_not_end_the_dataset():
+    """StopIteration becomes another error, because it would silently end a loader's loop."""
     with pytest.raises(RuntimeError, match="photos val: sample 0: StopIteration"):
         check(StopIteration(), "depth")
 
 
 def test_a_bug_in_a_users_dataset_keeps_its_traceback():
-    """It stays the error it was, with a note that names the sample."""
+    """The error is raised unchanged, with a note that names the sample."""
     with pytest.raises(TypeError, match="a bug") as raised:
         check(TypeError("a bug"), "depth")
     assert raised.value.__notes__ == ["photos val: sample 0"]
 
 
 def test_datasets_are_opened_by_name(monkeypatch):
-    """Your own is one more entry; an unknown, an empty and a cached one."""
+    """A user's own dataset opens by name, cached or not; unknown and empty ones are refused."""
     config = Namespace(dataset="mine", tasks=["semseg"], cache=False, size=(9, 8), train_rooms=3,
-                       val_rooms=2)
+                       val_rooms=2, room_seed=0)
     with pytest.raises(ValueError, match="unknown dataset 'mine'; expected one of rooms, nyud"):
         open_dataset(config, "val")
     monkeypatch.setitem(DATASETS, "mine", DATASETS["rooms"])
     monkeypatch.setitem(CLASSES, "mine", 7)
-    assert len(open_dataset(config, "train")) == 3
+    train = open_dataset(config, "train")
+    assert len(train) == 3
     val = open_dataset(config, "val")
+    config.room_seed = 5                                # other rooms to train on, the same to test
+    assert not torch.equal(open_dataset(config, "train")[0]["image"], train[0]["image"])
+    assert torch.equal(open_dataset(config, "val")[0]["image"], val[0]["image"])
     assert len(val) == 2 and list(val[0]) == ["image", "semseg"]
     assert val[1]["image"].shape == (3, 9, 8)
     config.cache = True
     cached = open_dataset(config, "val")
     assert len(cached) == 2 and torch.equal(cached[1]["image"], val[1]["image"])
     assert cached[1]["image"] is cached[1]["image"]
-    assert loader(cached, [[0]], workers=1).num_workers == 0        # they would only copy it
+    assert loader(cached, [[0]], workers=1).num_workers == 0        # workers would only copy it
     config.val_rooms = 0
     with pytest.raises(ValueError, match="mine: the val split has no images"):
         open_dataset(config, "val")
@@ -150,7 +154,7 @@ def test_datasets_are_opened_by_name(monkeypatch):
 
 # --- batches --------------------------------------------------------------------------------------
 def test_batches_depend_on_seed_and_epoch():
-    """Pinned to numbers, so that a resumed run sees the images of an uninterrupted one."""
+    """The order of images is pinned here, because a resumed run must see the same images."""
     batches = epoch_batches(7, 3, 2, seed=5)
     assert batches == [[1, 4, 2], [3, 6, 5], [4, 2, 0], [6, 5, 3]]
     assert epoch_batches(7, 3, 2, seed=6) != batches
@@ -162,7 +166,7 @@ def test_batches_depend_on_seed_and_epoch():
 @pytest.mark.slow
 @pytest.mark.parametrize("method", get_all_start_methods())
 def test_data_workers_may_start_in_any_way(method):
-    """Windows and macOS spawn them, and Python 3.14 on Linux uses a fork server."""
+    """Windows and macOS spawn workers, and Python 3.14 on Linux uses a fork server."""
     dataset = Checked("rooms val", Rooms("val", ["sal"], 4, (16, 16)), make_tasks(["sal"], 7))
     batches = [[2, 0], [1, 3]]
     workers = DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=1,
@@ -219,8 +223,8 @@ def warp_plainly(sample, size, flip, scale, centre, angle):
     """`warp` of one sample, pixel by pixel, with labels of all four kinds.
 
     Points of the image are complex numbers, x to the right and i up. Whatever is at z, seen from
-    the middle of the cut, appears in the cut at mirror(z * e^(i angle)) * scale. Also returns the
-    pixels where rounding cannot have chosen another one.
+    the middle of the cut, appears in the cut at mirror(z * e^(i angle)) * scale. Also returns a
+    mask of the pixels where rounding cannot change which pixel is the nearest.
     """
     H, W = sample["image"].shape[1:]
     h, w = size
@@ -258,7 +262,7 @@ def warp_plainly(sample, size, flip, scale, centre, angle):
 
 
 def test_the_warp_equals_a_plain_one(own):
-    """Random draws for a padded batch; the kind of a label decides how it is warped."""
+    """For random arguments, a padded batch and all kinds of labels, `warp_plainly` agrees."""
     rng = np.random.default_rng(0)
     samples = []
     for H, W in ((31, 41), (37, 29)) * 3:
@@ -283,7 +287,7 @@ def test_the_warp_equals_a_plain_one(own):
 
 
 def test_a_tie_between_pixels_does_not_depend_on_the_padding():
-    """Halved, a label takes every second pixel, also in a padded batch."""
+    """At half the size, a label keeps every second pixel, with and without padding."""
     depth = torch.arange(1.0, 401).view(1, 20, 20)
     sample = {"image": torch.zeros(3, 20, 20).byte(), "depth": depth}
     larger = {"image": torch.zeros(3, 27, 33).byte(), "depth": torch.zeros(1, 27, 33)}
@@ -293,7 +297,7 @@ def test_a_tie_between_pixels_does_not_depend_on_the_padding():
 
 
 def test_the_warp_moves_the_batch_to_the_device():
-    """Every result is on it; the meta device stands for a GPU here."""
+    """All results are on the given device; the meta device stands in for a GPU."""
     batch = collate([render_room((0, 0, 0), 16, 24)])
     image, labels = warp(batch, (8, 8), "meta", **draw_augmentation(1, True, (1.5,), 20.0))
     assert image.device.type == "meta" and image.shape == (1, 3, 8, 8)

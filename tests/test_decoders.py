@@ -9,7 +9,7 @@ from decoders import FUSED, Decoder
 
 @pytest.mark.parametrize("outputs, count", [((21, 7, 1, 3), 1_946_624), ((40, 1, 3), 1_481_588)])
 def test_parameters_are_the_papers(outputs, count):
-    """For the tasks of PASCAL-Context and of NYUD on Swin-Tiny."""
+    """The counts agree for the tasks of PASCAL-Context and of NYUD on Swin-Tiny."""
     parameters = 0
     for n in outputs:
         decoder = Decoder((192, 384, 768, 768), n)
@@ -18,7 +18,7 @@ def test_parameters_are_the_papers(outputs, count):
 
 
 def test_it_is_projection_fusion_and_head():
-    """From its weights, with matrix products in place of 1x1 convolutions."""
+    """A decoder equals its equations, with matrix products in place of 1x1 convolutions."""
     torch.manual_seed(0)
     decoder = Decoder((8, 16), 5, fused=(2, 4)).eval()
     maps = [torch.randn(2, 9, 7, 8), torch.randn(2, 4, 3, 16)]

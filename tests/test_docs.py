@@ -1,4 +1,4 @@
-"""README and docs: links lead somewhere, commands exist, and outputs are those of the code."""
+"""README and docs: links work, commands exist, and the output shown is what the code prints."""
 
 import argparse
 import ast
@@ -15,7 +15,7 @@ import train
 from recipes import RECIPES, make_parser
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGE = {path.stem: path.read_text(encoding="utf-8") for path in PAGES}
 NUMBER = r"([\d.]+)"
 
@@ -48,10 +48,10 @@ def test_the_printed_cost_is_that_of_cost_py(capsys):
 
 @pytest.mark.slow
 def test_the_demonstration_gives_the_shown_results(tmp_path):
-    """`python train.py` at seed 0 gives the table in docs/RUNS.md to 2 %, and its tree."""
+    """`python train.py` with seed 0 gives the tree in docs/RUNS.md, and its table within 2 %."""
     metrics = train.main(["--out", str(tmp_path / "run")])
     shown = re.findall(rf"^(\w+) +([a-zA-Z<][\w.]*) +{NUMBER} +{NUMBER}(?: |$)", PAGE["RUNS"], re.M)
-    assert len(shown) == 14
+    assert len(shown) == 10
     for task, metric, result, constant in shown:
         assert metrics["results"][task][metric] == pytest.approx(float(result), rel=0.02)
         assert metrics["reference"][task][metric] == pytest.approx(float(constant), abs=1e-4)
@@ -82,7 +82,7 @@ def check_training_flags(flags):
 
 
 def test_commands_of_the_core_have_real_flags():
-    """Each parses with the parser of its program, which exits if a flag is unknown."""
+    """Each command's flags are known to the program that it starts."""
     runs = commands(r"train\.py|eval\.py|cost\.py")
     assert {program for program, _ in runs} == {"train.py", "eval.py", "cost.py"}
     for program, flags in runs:
@@ -93,7 +93,7 @@ def test_commands_of_the_core_have_real_flags():
 
 
 def test_snippets_import_names_that_exist():
-    """Every Python block is Python, and its imports from the core or from packages work."""
+    """Every Python block parses, and every name that it imports from outside extras/ exists."""
     for text in PAGE.values():
         for block in re.findall(r"```python\n(.*?)```", text, re.S):
             for node in ast.walk(ast.parse(block)):

@@ -1,4 +1,4 @@
-"""eval.py: averages that can be done by hand, the command, and photos."""
+"""eval.py: averages checked by hand, the command, and photos."""
 
 import json
 import math
@@ -33,7 +33,7 @@ def predict_two_metres(image):
 
 
 def test_the_validation_loss_is_a_mean_over_labelled_images():
-    """Per task, then weighted and summed (eq. 8); an image without depth does not count for it."""
+    """Each task's mean leaves out images without its label; eq. 8 weights and adds the means."""
     depth, semseg = tasks = make_tasks(["depth", "semseg"], 3)
     depth.weight, semseg.weight = 4.0, 0.5
     result = evaluate(predict_two_metres, tasks, [batch(3.0), batch(0.0), batch(5.0)], (4, 4), CPU)
@@ -58,7 +58,7 @@ def test_nan_predictions_are_counted_and_not_averaged_away():
 
 
 def test_a_task_without_labels_has_no_metric():
-    """Neither for the network nor for the constant; the table says why."""
+    """The network's metrics and those of the constant are NaN, and the table says why."""
     tasks = make_tasks(["depth"], 3)
     result = evaluate(predict_two_metres, tasks, [batch(0.0)], None, CPU)
     constants = reference(tasks, [batch(0.0)], None)
@@ -69,7 +69,7 @@ def test_a_task_without_labels_has_no_metric():
 
 
 def test_the_constant_is_fitted_to_valid_pixels():
-    """The mean depth of the measured halves, the most common class."""
+    """The best constants are the mean of the measured depths and the most common class."""
     tasks = make_tasks(["depth", "semseg"], 3)
     batches = [batch(3.0), batch(5.0), batch(0.0)]
     constants = best_constants(tasks, batches, (4, 4))
@@ -91,7 +91,7 @@ def test_without_a_size_images_keep_their_own():
 
 
 def test_predictions_are_made_in_evaluation_mode_under_autocast():
-    """No dropout; bf16 computes in bf16."""
+    """Dropout is off, and with bf16 the prediction is bf16."""
     model = nn.Sequential(nn.Dropout(0.5), nn.Conv2d(3, 2, 1)).train()
     image = torch.ones(1, 3, 4, 4)
     predict = predictor(model, None)
@@ -112,7 +112,7 @@ def trained(tmp_path_factory):
 
 
 def test_evaluating_a_checkpoint_repeats_the_results_of_its_run(trained, capsys):
-    """As JSON and as a table, from the file and from its folder; at native size as well."""
+    """eval.py prints the run's results as JSON, and a table at native size if asked for."""
     out, metrics = trained
     capsys.readouterr()
     flags = ["--device", "cpu", "--workers", "0"]
@@ -149,7 +149,7 @@ def test_photos_are_drawn_into_the_folder_of_the_run(trained, tmp_path, capsys):
     eval.main([*flags, str(tmp_path / "good.png")])
     assert capsys.readouterr().out == f"wrote {out / 'good.predicted.png'}\n"
     picture = np.array(Image.open(out / "good.predicted.png"))
-    assert (picture[20:40, 5:35] == (200, 0, 0)).all()          # the photo, below its title
+    assert (picture[40:170, 20:210] == (200, 0, 0)).all()       # the photo, enlarged to 150x200
     before = (out / "good.predicted.png").read_bytes()
     with pytest.raises(SystemExit) as stop:
         eval.main([*flags, str(tmp_path / "text.png"), str(tmp_path / "good.png")])

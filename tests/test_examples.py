@@ -20,12 +20,12 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), 
 
 @pytest.mark.parametrize("snippet", SNIPPETS)
 def test_snippets_of_the_readme_run(snippet):
-    """Each is complete, imports included."""
+    """Each snippet runs by itself, with its own imports."""
     exec(snippet, {})
 
 
 def test_the_example_of_your_own_backbone_runs(capsys):
-    """Similarity, tree, training and merging on a ViT: the loss falls, no adapter is left."""
+    """The example builds a tree, trains until the loss falls, merges the adapters and predicts."""
     from examples.own_backbone import main
     predictions = main()
     assert {name: tuple(x.shape) for name, x in predictions.items()} == {
@@ -36,7 +36,7 @@ def test_the_example_of_your_own_backbone_runs(capsys):
 
 @pytest.fixture
 def registries():
-    """Forget what an example registers when the test is over."""
+    """Remove everything that an example registers when the test is over."""
     tables = [data.DATASETS, data.CLASSES, recipes.RECIPES, tasks.TASKS]
     before = [dict(table) for table in tables]
     yield
@@ -47,7 +47,7 @@ def registries():
 
 
 def test_the_example_of_your_own_dataset_trains(tmp_path, registries, monkeypatch):
-    """Photos with classes and moisture: the error beats the constant, and eval.py repeats it."""
+    """The example learns both tasks from generated photos, and eval.py reads its checkpoint."""
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     for folder in ("images", "semseg", "moisture"):
@@ -62,10 +62,11 @@ def test_the_example_of_your_own_dataset_trains(tmp_path, registries, monkeypatc
         Image.fromarray(label).save(f"photos/semseg/{i}.png")
         np.save(f"photos/moisture/{i}.npy", moisture)
     import examples.own_dataset  # noqa: F401
-    metrics = train.main(["--dataset", "fields", "--weights", "rooms_mini.pth", "--backbone", "mini",
-                          "--size", "64", "--epochs", "30", "--batch-size", "4", "--workers", "0",
-                          "--lr", "3e-3", "--head-epochs", "1", "--sim-images", "4", "--drop-path",
-                          "0", "--eval-every", "30", "--device", "cpu", "--fused", "6,12,24,48"])
+    metrics = train.main(["--dataset", "fields", "--weights", "rooms_mini.pth", "--backbone",
+                          "mini", "--size", "64", "--epochs", "30", "--batch-size", "4",
+                          "--workers", "0", "--lr", "3e-3", "--head-epochs", "1",
+                          "--sim-images", "4", "--drop-path", "0", "--eval-every", "30",
+                          "--device", "cpu", "--fused", "6,12,24,48"])
     constant = metrics["reference"]["moisture"]["error"]
     assert metrics["results"]["moisture"]["error"] < 0.7 * constant
     assert metrics["results"]["semseg"]["mIoU"] > 0.6

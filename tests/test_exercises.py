@@ -1,5 +1,4 @@
-"""The exercises of docs/LEARN.md: our solutions pass, and yours are checked as soon as they exist.
-"""
+"""The exercises of docs/LEARN.md: checks our solutions, and yours as soon as they exist."""
 
 import numpy as np
 import pytest
@@ -30,7 +29,7 @@ def answers(request):
 
 
 def test_1_elementwise_similarity(answers):
-    """It is the option `elementwise` of similarity.py, and it ignores sizes."""
+    """The answer equals `elementwise` of similarity.py, and differs from the plain cosine."""
     torch.manual_seed(0)
     g, g_other = torch.randn(1000), torch.randn(1000)
     value = answers.elementwise_similarity(g, g_other)
@@ -39,7 +38,7 @@ def test_1_elementwise_similarity(answers):
 
 
 def test_2_merged_weight(answers):
-    """One plain linear layer with this weight gives what the adapted layer gives to its group."""
+    """A plain linear layer with this weight does for the group what the adapted layer does."""
     torch.manual_seed(0)
     layer = TGLoRALinear(nn.Linear(6, 5), (2, 3), dropout=0.0)
     for B in layer.lora_B:
@@ -52,7 +51,7 @@ def test_2_merged_weight(answers):
 
 
 def test_3_algorithm_1_from_zero(answers):
-    """The same groups if similarities are positive, and nothing if all are negative."""
+    """The answer merges the most similar tasks, or is None if all similarities are negative."""
     sim = np.array([[1, .5, .1], [.5, 1, .2], [.1, .2, 1]])
     singles = [(0,), (1,), (2,)]
     assert answers.algorithm_1_from_zero(singles, sim, 2) == [(0, 1), (2,)]
@@ -60,7 +59,7 @@ def test_3_algorithm_1_from_zero(answers):
 
 
 def test_4_extreme_trees(answers):
-    """Four stages with one group each, and four stages with one group per task."""
+    """One tree has one group in each of its four stages, the other one group per task."""
     shared, separate = answers.extreme_trees(5)
     for tree, groups in ((shared, 1), (separate, 5)):
         check_tree(tree, 5)
@@ -68,7 +67,7 @@ def test_4_extreme_trees(answers):
 
 
 def test_5_person_task(answers):
-    """Its label agrees with the person in the class map, and its loss can be computed."""
+    """The task's label agrees with the person in the class map, and its loss can be computed."""
     task, label_of = answers.person_task()
     for i in range(6):
         sample = render_room((0, 0, i), 32, 32)
@@ -79,7 +78,7 @@ def test_5_person_task(answers):
 
 
 def test_6_adapter_for_convolutions(answers):
-    """It starts as the frozen convolution; a group's adapter acts on its own images only."""
+    """The layer starts as the frozen convolution, and an adapter acts on its group only."""
     torch.manual_seed(0)
     conv = nn.Conv2d(3, 8, 3, stride=2, padding=1)
     layer = answers.TGLoRAConv2d(conv, (2, 4))

@@ -25,7 +25,7 @@ ALL = "semseg,human_parts,sal,edge,depth,normals"
 
 @pytest.fixture
 def fake(monkeypatch):
-    """Fake tensors inside; random initial values, which do not exist there, are left out."""
+    """Runs the test on fake tensors, without random initial values and without loading weights."""
     if torch.__version__ < "2.6":
         pytest.skip("torch 2.4 cannot make fake CUDA tensors without a GPU")
     for name in ("trunc_normal_", "normal_", "kaiming_uniform_", "xavier_uniform_"):
@@ -64,7 +64,7 @@ def test_a_step_leaves_no_tensor_on_the_cpu(fake, flags):
     config.dropout = config.drop_path = 0.1
     tasks = make_tasks(config.tasks, CLASSES["rooms"])
     tree = build_tree(np.zeros((6, 6)), config.groups)
-    with CUDA:                  # fake weights cannot be moved there afterwards
+    with CUDA:                  # fake weights cannot be moved to the GPU afterwards
         model = build(config, tasks, tree).train()
     drawn = draw_augmentation(2, True, (1.0, 1.5), 20.0)
     image, labels = warp(fake_batch(), (64, 64), CUDA, **drawn)

@@ -1,4 +1,4 @@
-"""What only a GPU can show: mixed precision, compilation, and a step that never waits for the GPU.
+"""Tests that need a GPU: mixed precision, compilation, and steps that never wait for the GPU.
 
     python -m pytest tests/test_gpu.py      # about three minutes on one H100
 """
@@ -54,7 +54,7 @@ class Trainer:
 @pytest.mark.parametrize("amp", [torch.bfloat16, torch.float16, None])
 @pytest.mark.parametrize("layers", ["attn", "attn+mlp", "attn+mlp+others"])
 def test_every_choice_of_layers_trains(amp, layers):
-    """Also a trained bias table over frozen q, k and v."""
+    """Losses stay finite in every precision, even with a trained bias table over frozen q, k, v."""
     trainer = Trainer(amp, flags=["--layers", layers, "--dropout", "0.1", "--drop-path", "0.1"])
     for i in range(4):
         assert trainer.step(i).isfinite().all()
@@ -71,7 +71,7 @@ def test_mixed_precision_trains_100_steps(amp):
 
 @pytest.mark.parametrize("amp", [torch.bfloat16, torch.float16])
 def test_a_step_never_waits_for_the_gpu(amp):
-    """Warp, forward pass, losses, backward pass and optimizer, with every wait an error."""
+    """A step runs, from the warp to the optimizer, while every wait for the GPU is an error."""
     trainer = Trainer(amp, flags=["--dropout", "0.1"])
     trainer.step(0), trainer.step(1)        # fills the caches and makes the optimizer's state
     torch.cuda.synchronize()
@@ -90,7 +90,7 @@ def test_compiled_losses_are_the_eager_ones():
 
 
 def test_a_run_and_its_evaluation(tmp_path):
-    """train.py with the precision that --amp auto picks."""
+    """train.py runs on the GPU, with the precision that --amp auto picks."""
     metrics = train.main(["--out", str(tmp_path / "run"), "--epochs", "1", "--train-rooms", "16",
                           "--val-rooms", "4", "--sim-images", "4", "--head-epochs", "1"])
     assert math.isfinite(metrics["loss"]) and metrics["flags"]["device"] == "cuda"

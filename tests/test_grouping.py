@@ -1,4 +1,4 @@
-"""grouping.py against brute force, on published similarities, and on trees that are not trees."""
+"""grouping.py against brute force, on published similarities, and on input it must refuse."""
 
 import json
 from itertools import product
@@ -19,7 +19,7 @@ for (a, b), value in {(S, D): .25957, (S, N): .24237, (S, K): .05406, (S, E): .0
 
 
 def random_matrices(count, seed, tasks=(2, 6)):
-    """Matrices that are not symmetric, every third of them mostly negative; a number of groups."""
+    """Pairs of an asymmetric matrix, every third one mostly negative, and a number of groups."""
     rng = np.random.default_rng(seed)
     for i in range(count):
         T = int(rng.integers(tasks[0], tasks[1] + 1))
@@ -39,7 +39,7 @@ def direct_score(groups, sim):
 
 # --- partitions -----------------------------------------------------------------------------------
 def test_partitions_lists_every_split_once():
-    """Their numbers are the Bell numbers, and each partition has the documented order."""
+    """The numbers of partitions are the Bell numbers, and each has the documented order."""
     for T, bell in enumerate((1, 1, 2, 5, 15, 52, 203)):
         listed = list(partitions(range(T)))
         assert len(listed) == len(set(map(tuple, listed))) == bell
@@ -49,7 +49,7 @@ def test_partitions_lists_every_split_once():
 
 
 def test_the_best_partition_equals_brute_force():
-    """On random matrices, over all assignments of tasks to groups."""
+    """On random matrices, no assignment of tasks to groups has a higher score."""
     for sim, num_groups in random_matrices(60, seed=0):
         T = len(sim)
         scores = []
@@ -94,7 +94,7 @@ def test_the_first_of_equal_candidates_is_taken():
 
 
 def test_many_tasks_need_another_search():
-    """The exact search refuses eleven tasks, says where to look, and build_tree takes a search."""
+    """The exact search refuses eleven tasks and names another search, which build_tree accepts."""
     sim = np.random.default_rng(0).normal(size=(25, 25))
     assert len(best_partition(sim[:10, :10], 9)) == 9
     with pytest.raises(ValueError, match="up to 10 tasks, got 11; use extras.budget.near_best"):
@@ -110,7 +110,7 @@ def test_many_tasks_need_another_search():
 
 # --- trees ----------------------------------------------------------------------------------------
 def test_a_tree_is_built_from_the_last_stage():
-    """The published similarities give this tree, as text and as routes of features."""
+    """The last stage is the best partition, earlier stages merge, and features follow the tree."""
     sim = np.zeros((4, 4))                      # its closest pair is not in its best partition
     for a, b, value in ((0, 1, 1.0), (0, 2, 0.9), (1, 3, 0.9)):
         sim[a, b] = sim[b, a] = value
@@ -149,7 +149,7 @@ def test_an_unknown_similarity_is_not_zero():
 
 
 def test_bad_trees_and_numbers_of_groups_are_refused():
-    """Not nested, a task missing, a task twice, an empty group, too many groups or none."""
+    """Trees must be nested and hold each task once, and numbers of groups must fit the tasks."""
     for groups in ((1, 1, 2, 6), (2, 1, 2, 3), (0, 1, 2, 3)):
         with pytest.raises(ValueError, match="do not fit 5 tasks"):
             build_tree(PUBLISHED, groups)
@@ -166,7 +166,7 @@ def test_bad_trees_and_numbers_of_groups_are_refused():
 
 
 def test_a_tree_is_saved_and_read(tmp_path):
-    """In any order of names and groups, and with a byte order mark."""
+    """A tree file may list names and groups in any order, and begin with a byte order mark."""
     path = tmp_path / "tree.json"
     tree = build_tree(PUBLISHED, (1, 2, 3, 5))
     path.write_text(json.dumps({"tree": name_tree(tree, "sdnke"), "more": 1}), "utf-8-sig")
@@ -182,7 +182,7 @@ def test_a_tree_is_saved_and_read(tmp_path):
     ('{"tree": [[["a"]]]}', "each of the 2 tasks exactly once"),
     ('{"tree": [[["a"], ["b"]], [["a", "b"]]]}', "not nested")])
 def test_a_bad_tree_file_is_named(tmp_path, text, message):
-    """The error is one line with the file's name and what is wrong."""
+    """The error is one line with the file's name and the mistake."""
     path = tmp_path / "bad.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=f"bad.json: .*{message}") as error:

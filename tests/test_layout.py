@@ -1,4 +1,4 @@
-"""The layout that the README promises: a core that needs no extras, and files that can be copied."""
+"""The README promises a core that needs no extras, and files that can be copied."""
 
 import ast
 import subprocess
@@ -14,7 +14,7 @@ COPYABLE = ["tglora", "swin", "weights", "similarity", "grouping", "decoders", "
 
 
 def imports(path, at_import_time=False):
-    """The modules that a file imports; at_import_time: not those inside functions."""
+    """The modules that a file imports. at_import_time leaves out imports inside functions."""
     tree = ast.parse(path.read_text())
     nodes = tree.body if at_import_time else ast.walk(tree)
     names = set()
@@ -36,12 +36,12 @@ def test_the_core_imports_no_extras(name):
 
 @pytest.mark.parametrize("name", COPYABLE)
 def test_a_file_that_can_be_copied_imports_nothing_of_ours(name):
-    """The README says that these work by themselves."""
+    """These files import packages only, as the README says."""
     assert not imports(CORE[name]) & CORE.keys()
 
 
 def test_imports_never_form_a_circle():
-    """Files that import nothing that is left are removed, until none is left."""
+    """Repeatedly removing the files that import none of the others removes all of them."""
     left = {name: imports(path) & CORE.keys() for name, path in CORE.items()}
     while left:
         free = [name for name, used in left.items() if not used & left.keys()]
@@ -51,7 +51,7 @@ def test_imports_never_form_a_circle():
 
 
 def test_networks_and_data_know_no_command_line():
-    """Concepts take their settings as arguments, or as an object with attributes."""
+    """These files take settings as arguments or as an object, so none of them imports argparse."""
     for name in (*COPYABLE, "data", "nyud_pascal"):
         assert "argparse" not in imports(CORE[name]), name
 
@@ -64,7 +64,8 @@ import sys
 sys.modules["fcntl"] = sys.modules["resource"] = None
 import eval, train
 train.main("--tasks depth,normals --train-rooms 2 --val-rooms 1 --size 32 --epochs 1 "
-           "--batch-size 2 --sim-images 2 --head-epochs 1 --device cpu --out {tmp_path}/run".split())
+           "--batch-size 2 --sim-images 2 --head-epochs 1 --device cpu "
+           "--out {tmp_path}/run".split())
 eval.main(["--checkpoint", "{tmp_path}/run", "--device", "cpu", "--workers", "0"])
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -1,6 +1,6 @@
-"""lesson.py is the oracle: the program gives the numbers of the page that students read.
+"""The program computes the same numbers as lesson.py, which is an independent implementation.
 
-The lesson runs once, cell by cell. In between, copies of its networks are kept for comparison.
+The lesson runs once, cell by cell, and copies of its networks are kept for comparison.
 """
 
 import argparse
@@ -24,11 +24,12 @@ SOURCE = (Path(__file__).parent.parent / "lesson.py").read_text()
 
 @pytest.fixture(scope="module")
 def lesson():
-    """Everything the lesson defines, and its networks after cell 3, before and after training."""
+    """All that the lesson defines, and its networks after cell 4, before and after training."""
     title, *cells = SOURCE.split("# %% ")
     names = {"__name__": "lesson"}
     copies = {}
     with pytest.MonkeyPatch.context() as patch:
+        # The lesson computes in float64, so the program must not convert anything to float32.
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)
         for cell in cells:
             if cell.startswith("8."):
@@ -58,14 +59,14 @@ def our_names(backbone, decoders):
 
 
 def our_network(lesson, tree):
-    """The program's network with the lesson's tree, without weights."""
+    """The program's network with this tree and random weights, and its tasks."""
     from swin import build_swin
     tasks = make_tasks(lesson.TASKS, 7)
     return MultiTaskNet(build_swin("mini"), tasks, *routing(tree), (6, 12, 24, 48)), tasks
 
 
 def adapted_network(lesson):
-    """The same with the adapters that the recipe would give it."""
+    """The program's network with the lesson's tree and adapters, and its tasks."""
     model, tasks = our_network(lesson, lesson.tree)
     settings = dict(layers="attn+mlp", rank=lesson.RANK, last_rank=None, groups=(1, 2, 3, 4),
                     dropout=0.0, tasks=lesson.TASKS)
@@ -74,7 +75,7 @@ def adapted_network(lesson):
 
 
 def test_similarity_py_gives_the_similarities_of_the_lesson(lesson):
-    """Eq. 1 to 3, image by image."""
+    """Eq. 1 to 3 give the same similarities for each image and on average."""
     model, tasks = our_network(lesson, [[(0, 1, 2, 3)]] * 4)
     model.load_state_dict(our_names(*lesson.copies["decoded"]))
     examples = []
@@ -87,7 +88,7 @@ def test_similarity_py_gives_the_similarities_of_the_lesson(lesson):
 
 
 def test_grouping_py_gives_the_tree_of_the_lesson(lesson):
-    """Eq. 5 and 6, the best partition, and Algorithm 1."""
+    """Eq. 5 and 6, the search for the best partition and Algorithm 1 give the same results."""
     sim = lesson.similarity.numpy()
     assert build_tree(sim, (1, 2, 3, 4)) == lesson.tree
     ours, theirs = list(partitions(range(4))), list(lesson.partitions((0, 1, 2, 3)))
@@ -99,7 +100,7 @@ def test_grouping_py_gives_the_tree_of_the_lesson(lesson):
 
 
 def test_the_folded_network_predicts_what_each_path_of_the_lesson_does(lesson):
-    """Eq. 4 for all tasks in one batch, with trained adapters."""
+    """With trained adapters, one folded batch gives the predictions of separate passes (eq. 4)."""
     model, _ = adapted_network(lesson)
     model.load_state_dict(our_names(*lesson.copies["trained"]))
     with torch.no_grad():
@@ -109,7 +110,7 @@ def test_the_folded_network_predicts_what_each_path_of_the_lesson_does(lesson):
 
 
 def test_train_py_trains_the_weights_of_the_lesson(lesson):
-    """Eq. 8 and ten steps: every trained weight is the same afterwards."""
+    """After ten steps on eq. 8, the losses and every trained weight are the same."""
     model, tasks = adapted_network(lesson)
     model.load_state_dict(our_names(*lesson.copies["start"]))
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -11,7 +11,7 @@ from model import build
 from tglora import TGLoRALinear
 
 TASKS = [SimpleNamespace(name=n, outputs=o) for n, o in (("a", 4), ("b", 1), ("c", 3))]
-# Groups in another order than that of their first tasks, so that indices cannot agree by chance.
+# Some stages do not list groups in the order of their tasks, so indices cannot agree by chance.
 TREE = [[(0, 1, 2)], [(2,), (0, 1)], [(0, 1), (2,)], [(1,), (2,), (0,)]]
 SHARED = [[(0, 1, 2)]] * 4
 
@@ -71,7 +71,7 @@ def test_a_task_reaches_only_the_adapters_on_its_path():
 
 
 def test_trees_that_do_not_fit_are_refused():
-    """Another number of stages, a task that is missing, groups that meet again."""
+    """A wrong number of stages, a missing task and groups that merge again are errors."""
     with pytest.raises(ValueError, match="tree: 3 stages, but the backbone has 4"):
         build(settings(method="full"), TASKS, TREE[1:])
     with pytest.raises(ValueError, match="each of the 3 tasks exactly once"):
@@ -83,7 +83,7 @@ def test_trees_that_do_not_fit_are_refused():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 def test_the_network_compiles_without_a_graph_break():
-    """torch.compile traces it into one graph that gives the same predictions."""
+    """torch.compile turns the network into one graph that gives the same predictions."""
     model = network()
     x = torch.randn(2, 3, 56, 84)
     compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
@@ -101,7 +101,7 @@ def test_the_network_compiles_without_a_graph_break():
      ("norm", "patch_embed.", "downsample.", "bias_table")),
     ("full", "attn+mlp", set(), ("",)), ("decoders", "attn+mlp", set(), ())])
 def test_only_intended_parameters_are_trained(method, layers, adapted, others):
-    """Adapters by --layers, and parameters of the backbone whose name contains one of `others`."""
+    """Only decoders, adapters of --layers, and parameters named in `others` are trained."""
     model = network(SHARED, method=method, layers=layers)
     wrapped = set()
     for name, module in model.backbone.named_modules():
@@ -115,7 +115,7 @@ def test_only_intended_parameters_are_trained(method, layers, adapted, others):
 
 
 def test_the_same_seed_gives_the_same_network():
-    """And another seed another one."""
+    """Two networks with the same seed are equal, and another seed gives other weights."""
     networks = [build(settings(seed=seed), TASKS, TREE) for seed in (3, 3, 4)]
     first, same, other = (model.state_dict() for model in networks)
     assert all(torch.equal(first[name], same[name]) for name in first)
@@ -123,7 +123,7 @@ def test_the_same_seed_gives_the_same_network():
 
 
 def test_pretrained_weights_are_loaded_into_their_backbone(capsys):
-    """Those of the rendered rooms fit the mini backbone, and the error for others says so."""
+    """rooms_mini.pth fits the mini backbone, and the error for another backbone says so."""
     random, loaded = (build(settings(weights=w, method="full"), TASKS, SHARED).backbone.state_dict()
                       for w in ("none", "rooms_mini.pth"))
     assert "117 of 117 tensors" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""nyud_pascal.py: datasets written from rooms are read back as these rooms; mistakes are named."""
+"""nyud_pascal.py: rooms written as a dataset are read back unchanged; faulty files are named."""
 
 import errno
 import io
@@ -64,7 +64,10 @@ def test_pascal_samples_are_the_rooms_they_were_written_from(pascal_folder):
         dataset = Files("pascal", pascal_folder, split, PASCAL)
         assert dataset.ids == [id for id in PASCAL_ROOMS if PASCAL_ROOMS[id][0] == split]
         for sample, id in zip(dataset, dataset.ids):
-            truth = room(*PASCAL_ROOMS[id][1:3])
+            _, number, size, missing = PASCAL_ROOMS[id]
+            truth = room(number, size)
+            if "human_parts" in missing:
+                truth["human_parts"][:] = 255
             semseg = numbers[truth["semseg"]]
             semseg[:2] = 255
             np.testing.assert_array_equal(sample["semseg"], semseg)
@@ -95,8 +98,7 @@ def test_the_second_version_of_nyud_gives_the_same_samples(nyud_folder):
 
 
 def test_the_published_classes_have_their_numbers():
-    """40 and 21 names, six parts of a person, and 170 classes that NYUD and PASCAL-Context share.
-    """
+    """There are 40 and 21 classes, six body parts, and 170 context classes that NYUD has too."""
     assert len(set(SEMSEG["nyud"])) == 40 and len(set(SEMSEG["pascal"])) == 21
     parts = [" ".join(sorted(name for name in PARTS if PARTS[name] == n)) for n in range(1, 7)]
     assert parts == ["hair head lear lebrow leye mouth nose rear rebrow reye", "neck torso",
@@ -107,7 +109,7 @@ def test_the_published_classes_have_their_numbers():
 
 
 def test_real_nyud_is_read_as_published(real_nyud_archive):
-    """Real images of three sizes, compared with files that are read by hand."""
+    """Samples of three sizes equal the files as Pillow and numpy read them."""
     root = find_dataset("nyud", real_nyud_archive)
     train, val = (Files("nyud", root, split, NYUD) for split in ("train", "val"))
     assert [sample["image"].shape[1:] for sample in (*train, *val)] == [
@@ -121,7 +123,7 @@ def test_real_nyud_is_read_as_published(real_nyud_archive):
 
 
 def test_real_pascal_is_read_as_published(real_pascal_archive):
-    """Semseg comes from both of its folders; body parts are compared with the annotation."""
+    """Semseg comes from both of its folders, and body parts are those of the annotation."""
     loadmat = pytest.importorskip("scipy.io").loadmat
     root = find_dataset("pascal", real_pascal_archive)
     rider, cow, dogs = Files("pascal", root, "train", PASCAL)
@@ -162,7 +164,7 @@ def other_size(path):
 @pytest.mark.parametrize("name, damage, message", [
     ("images/433.jpg", cut_short, "433.jpg is damaged, or is not an image"),
     ("depth/433.npy", other_size,
-     r"depth/433.npy has shape \(7, 9, 1\), expected \(48, 64, 1\) as its image has"),
+     r"depth/433.npy has shape \(7, 9, 1\), expected \(48, 64, 1\), as its image has 48x64"),
     ("depth/433.npy", millimetres,
      "depth/433.npy has a median depth of [0-9]{4}, expected metres; if these are millimetres, "),
     ("segmentation/433.png", lambda path: image_of(path, 41 * ONES),
@@ -175,7 +177,7 @@ def other_size(path):
     ("human_parts/2008_000008.mat", cut_short,
      "2008_000008.mat is damaged, or is not an annotation of PASCAL-Part"),
     ("human_parts/2008_000008.mat", other_size,
-     r"2008_000008.mat has shape \(43, 50\), expected \(44, 50\) as its image has"),
+     r"2008_000008.mat has shape \(43, 50\), expected \(44, 50\), as its image has 44x50"),
     ("pascal-context/trainval/2008_000008.mat", other_size,
      r"its LabelMap has shape \(43, 50\), expected \(44, 50\) as .*normals_distill/2008_000008"),
 ])
@@ -202,7 +204,7 @@ def test_an_unknown_task_and_a_missing_file_are_named_at_once(nyud_folder):
 
 # --- parsed MATLAB files --------------------------------------------------------------------------
 def test_matlab_files_are_parsed_once_and_again_when_they_change(pascal_folder, monkeypatch):
-    """The result is a .png whose name holds the checksum of the .mat file."""
+    """The result is kept as a .png whose name holds the checksum of the .mat file."""
     path = pascal_folder / "human_parts/2008_000008.mat"
     parts, nobody = read_parts(path), read_parts(path.with_name("2008_000009.mat"))
     assert nobody is None and parts.max() == 6
@@ -217,7 +219,7 @@ def test_matlab_files_are_parsed_once_and_again_when_they_change(pascal_folder, 
 
 
 def test_a_folder_that_cannot_be_written_to_is_only_slower(pascal_folder):
-    """Here a file stands where the folder of parsed files should be."""
+    """The label is read even if a file stands where the folder of parsed files should be."""
     (pascal_folder / "parsed_human_parts").write_text("")
     parts = read_parts(pascal_folder / "human_parts/2008_000008.mat")
     np.testing.assert_array_equal(parts, room(6, (44, 50))["human_parts"])
@@ -225,7 +227,7 @@ def test_a_folder_that_cannot_be_written_to_is_only_slower(pascal_folder):
 
 # --- single files ---------------------------------------------------------------------------------
 def test_depth_that_was_not_measured_is_zero(tmp_path):
-    """NaN, infinity and negative numbers are invalid; the last axis may be there or not."""
+    """NaN, infinity and negative depths become 0, and the last axis of the file is optional."""
     depth = np.array([[1.5, np.nan, np.inf], [-1, 0, 80]], np.float32)
     for array in (depth, depth[..., None]):
         np.save(tmp_path / "a.npy", array)
@@ -237,7 +239,7 @@ def test_depth_that_was_not_measured_is_zero(tmp_path):
 
 @pytest.mark.parametrize("invalid, refused", [(0.45, 0.89), (1.55, 1.11)])
 def test_normals_of_another_length(tmp_path, invalid, refused):
-    """Up to one in ten may have a wrong length: these are invalid if it is far from 1."""
+    """One normal in ten may have a wrong length; it is invalid if the length is far from 1."""
     path = tmp_path / "a.npy"
     normals = np.zeros((10, 8, 3), np.float32)
     normals[1:, :, 2] = 1.09                    # close enough: it is normalised
@@ -253,7 +255,7 @@ def test_normals_of_another_length(tmp_path, invalid, refused):
 
 
 def test_black_and_grey_pixels_of_a_png_are_no_normals(tmp_path):
-    """Both greys in the middle are invalid. All other colours are decoded and normalised."""
+    """Black and the two middle greys are invalid; other colours are decoded and normalised."""
     pixels = np.zeros((5, 8, 3), np.uint8)
     pixels[1], pixels[2], pixels[3:] = 127, 128, (204, 128, 26)
     normals = read_normals(image_of(tmp_path / "a.png", pixels))
@@ -264,7 +266,7 @@ def test_black_and_grey_pixels_of_a_png_are_no_normals(tmp_path):
 
 
 def test_masks_may_be_stored_with_any_white(tmp_path):
-    """If there are several greys, those above one half are white."""
+    """White may be 1 or 255, and of several greys, those above one half count as white."""
     path, truth = tmp_path / "a.png", np.eye(8, dtype=np.uint8)
     for white in (1, 255):
         image_of(path, truth * white)
@@ -297,17 +299,16 @@ RAMP = np.linspace(0, 1, 64).reshape(8, 8)
      np.where(RAMP > 0.5, 255, RAMP / RAMP[RAMP <= 0.5].max() * 255)),
     ("a.tiff", np.full((8, 8), 0.5, np.float32), np.zeros((8, 8)))])
 def test_deep_greys_are_scaled_to_8_bits(tmp_path, name, stored, expected):
-    """16 bits by their range, 32 bits (integers and floats) from their smallest to their largest
-    value; Pillow would clip all of them at 255."""
+    """16-bit greys are scaled by their range, 32-bit ones from smallest to largest value."""
     image_of(tmp_path / name, stored)
     for read in (read_photo, read_image):
-        pixels = read(tmp_path / name)
+        pixels = read(tmp_path / name)      # Pillow itself would clip at 255
         assert pixels.shape == (8, 8, 3) and pixels.dtype == np.uint8
         np.testing.assert_allclose(pixels, np.stack([expected] * 3, -1), atol=1)
 
 
 def test_photos_are_turned_upright_and_shrunk(tmp_path):
-    """As EXIF says and to 2048 pixels. A dataset's image is neither: its labels would not fit."""
+    """A photo follows EXIF and shrinks to 2048 pixels; a dataset's image does neither."""
     exif, pixels = Image.Exif(), np.zeros((8, 12, 3), np.uint8)
     exif[0x0112] = 6                    # the camera was held upright: turn by 90 degrees
     pixels[:, :6] = 200                 # bright on the left as stored, at the top as seen
@@ -339,7 +340,7 @@ def make_archive(folder, *members):
 
 def test_a_dataset_is_its_folder_one_around_it_or_an_archive(nyud_archive, pascal_archive, tmp_path,
                                                              monkeypatch):
-    """All of them name the same folder; a folder that you unpacked yourself comes first."""
+    """All of these find the same folder, and a folder is preferred to an archive."""
     pascal = pascal_archive.parent
     assert find_dataset("pascal", pascal) == pascal / "PASCAL_MT.tgz.unpacked/PASCAL_MT"
     archive = shutil.copy2(nyud_archive, tmp_path)
@@ -359,8 +360,8 @@ def test_a_dataset_is_its_folder_one_around_it_or_an_archive(nyud_archive, pasca
     assert find_dataset("nyud", tmp_path) == tmp_path / "NYUD_MT"
 
 
-def test_nothing_there_says_where_to_get_it(tmp_path):
-    """A folder that does not exist, and one without a dataset."""
+def test_a_missing_dataset_is_an_error_that_says_where_to_get_it(tmp_path):
+    """A folder that does not exist and a folder without a dataset both give such an error."""
     with pytest.raises(ValueError, match="nowhere does not exist.*NYUD_MT.tgz or NYUDv2.tar.gz.*"
                                          "--download.*https://github.com"):
         find_dataset("nyud", tmp_path / "nowhere")
@@ -369,7 +370,7 @@ def test_nothing_there_says_where_to_get_it(tmp_path):
 
 
 def test_a_replaced_archive_is_noticed(tmp_path):
-    """By its size or its time, whichever way the dataset is named; the error says what to do."""
+    """A new size or time is noticed however the dataset is named; the error says what to do."""
     archive = make_archive(tmp_path, *LISTS)
     before = archive.stat()
     root = find_dataset("nyud", archive)
@@ -410,7 +411,7 @@ def test_a_wrong_archive_is_refused_before_anything_is_written(tmp_path, members
 
 
 def test_a_full_disk_is_not_the_archives_fault(tmp_path, monkeypatch):
-    """The error of the disk comes through, and the unfinished folder is removed."""
+    """The error names the full disk, and the unfinished folder is removed."""
     def extract(self, member, *args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     archive = make_archive(tmp_path, *LISTS)
@@ -421,7 +422,7 @@ def test_a_full_disk_is_not_the_archives_fault(tmp_path, monkeypatch):
 
 
 def test_an_unfinished_folder_is_removed_by_the_next_start(tmp_path, monkeypatch):
-    """A process was killed while it unpacked. Its folder is never taken for the dataset."""
+    """The folder of a process that was killed while unpacking is never taken for the dataset."""
     archive = make_archive(tmp_path, *LISTS)
     partial = tmp_path / "NYUD_MT.tgz.partial"
     (partial / "NYUD_MT/gt_sets").mkdir(parents=True)
@@ -435,19 +436,19 @@ def test_an_unfinished_folder_is_removed_by_the_next_start(tmp_path, monkeypatch
 
 
 def test_a_second_process_waits_for_the_one_that_unpacks(tmp_path, monkeypatch):
-    """As with torchrun. The first process finishes while the second one sleeps."""
+    """As under torchrun, the first process unpacks while the second one sleeps."""
     archive = make_archive(tmp_path, *LISTS)
     partial, folder = tmp_path / "NYUD_MT.tgz.partial", tmp_path / "NYUD_MT.tgz.unpacked"
     (partial / "NYUD_MT/gt_sets").mkdir(parents=True)
     os.utime(partial, (0, time.time() - 50))
     monkeypatch.setattr(time, "sleep", lambda _: partial.rename(folder))
     assert unpack("nyud", archive) == folder
-    assert not (folder / LISTS[0]).exists()         # so it is the first one's
+    assert not (folder / LISTS[0]).exists()         # the first process made it
     assert sorted(os.listdir(tmp_path)) == [archive.name, folder.name]
 
 
-def test_unpacking_gives_signs_of_life(tmp_path, monkeypatch):
-    """One after each file, so that a long unpacking is not taken for an abandoned one."""
+def test_unpacking_shows_that_it_is_still_running(tmp_path, monkeypatch):
+    """The folder's time is set after each file, so long unpacking does not look abandoned."""
     archive, touched = make_archive(tmp_path, *LISTS), []
     monkeypatch.setattr(nyud_pascal.os, "utime", lambda path, *args: touched.append(Path(path)))
     unpack("nyud", archive)
@@ -456,7 +457,7 @@ def test_unpacking_gives_signs_of_life(tmp_path, monkeypatch):
 
 # --- downloads ------------------------------------------------------------------------------------
 def test_an_archive_is_downloaded_only_on_request(server, nyud_archive, tmp_path, monkeypatch):
-    """Into --data-root. The start of a file, left by a killed download, is not taken for it."""
+    """The archive goes to --data-root; a killed download's partial file is not taken for it."""
     folder, address = server
     shutil.copy(nyud_archive, folder)
     monkeypatch.setitem(nyud_pascal.ADDRESSES, "nyud", f"{address}/NYUD_MT.tgz")
@@ -472,7 +473,7 @@ def test_an_archive_is_downloaded_only_on_request(server, nyud_archive, tmp_path
 
 
 def test_a_failed_download_says_where_else_to_look(server, tmp_path, monkeypatch):
-    """An address that does not exist, and one that sends a web page instead of the archive."""
+    """A missing address and a web page in place of the archive leave no file behind."""
     folder, address = server
     url = f"{address}/NYUD_MT.tgz"
     monkeypatch.setitem(nyud_pascal.ADDRESSES, "nyud", url)

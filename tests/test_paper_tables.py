@@ -1,4 +1,4 @@
-"""The rows of the paper in docs/RESULTS.md and README.md are what cost.py gives for their flags."""
+"""The paper's rows in docs/RESULTS.md and README.md agree with cost.py for the same flags."""
 
 import re
 
@@ -11,7 +11,7 @@ TASKS = {"pascal": ("semseg", "human_parts", "sal", "normals"),
 
 
 def paper_rows(dataset):
-    """Cells of the paper's rows: name, flags, trained (M), GMACs twice, accuracies, the paper's."""
+    """Cells of each row: name, flags, trained (M), GMACs twice, accuracies, the paper's trained."""
     start = PAGE["RESULTS"].index(f"| {dataset} | flags")
     table = PAGE["RESULTS"][start:].partition("\n\n")[0]
     rows = re.findall(rf"^\| ([^|]+) \| `?([^|`]*)`? \| {NUMBER} \| {NUMBER}, {NUMBER} \| "
@@ -31,14 +31,14 @@ def check_row(dataset, row):
     assert table_3 == f"{sum(run['macs_linear_conv'] for run in runs) / 1e9:.2f}", row
     assert everything == f"{sum(run['macs_all'] for run in runs) / 1e9:.2f}", row
     cut_off = f"{int(100 * exact) / 100:.2f}"       # the papers cut off some counts
-    if "--method full" not in flags:                # three of these follow from no reading
+    if "--method full" not in flags:                # the paper has other counts for three of these
         assert papers in (trained, cut_off), row
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dataset, count", [("pascal", 20), ("nyud", 12)])
 def test_rows_of_the_paper_cost_what_their_flags_give(dataset, count):
-    """Trained parameters and GMACs of every row that needs no extras."""
+    """Trained parameters and GMACs agree in every row that needs no extras."""
     rows = [row for row in paper_rows(dataset) if not re.search("mtlora|bdta", row[1])]
     assert len(rows) == count
     for row in rows:
@@ -46,7 +46,7 @@ def test_rows_of_the_paper_cost_what_their_flags_give(dataset, count):
 
 
 def test_rows_of_the_readme_are_those_of_the_results():
-    """Parameters, GMACs and delta-m on both datasets; those of TGLoRA are computed as well."""
+    """Parameters, GMACs and delta-m agree on both datasets, and TGLoRA's row is computed again."""
     cells = rf"{NUMBER}, {NUMBER} \| ([-+\d.]+)"
     rows = re.findall(rf"^\| ([^|:]+)[^|]* \| {cells} \| {cells} \|", PAGE["README"], re.M)
     assert len(rows) == 6

@@ -1,4 +1,4 @@
-"""The table of knobs against the papers' numbers, and every flag against the place it must reach."""
+"""The recipes have the papers' numbers, and every flag reaches the code that it is meant for."""
 
 import inspect
 import math
@@ -52,14 +52,14 @@ def network(*flags):
 # --- the papers -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("dataset", ["nyud", "pascal"])
 def test_recipe_matches_the_paper(dataset):
-    """Every number of section 7, and our defaults where the paper is silent."""
+    """Settings are those of section 7, and our defaults where the paper does not say."""
     config = vars(parse_arguments(["--dataset", dataset]))
     for name, value in {**BOTH, **EACH[dataset]}.items():
         assert config[name] == value, name
 
 
 def test_bdta_recipe_matches_its_paper():
-    """Section 4.1 of BDTA's paper replaces these values, except on rooms."""
+    """Section 4.1 of BDTA's paper sets these values, except on rooms."""
     config = parse_arguments(["--dataset", "pascal", "--method", "bdta"])
     assert (config.batch_size, config.lr, config.weight_decay, config.warmup) == (8, 4e-4, 1e-4, 0)
     assert config.drop_path == config.dropout == 0
@@ -69,8 +69,7 @@ def test_bdta_recipe_matches_its_paper():
 
 @pytest.mark.parametrize("dataset", ["nyud", "pascal"])
 def test_network_matches_the_paper(dataset):
-    """gamma 4 and dropout 0.05 in every adapter, the ranks of each stage, drop path from 0 to 0.2.
-    """
+    """Adapters have gamma 4, dropout 0.05 and the paper's ranks; drop path grows from 0 to 0.2."""
     model = network("--dataset", dataset)
     for stage, ranks in zip(model.backbone.layers, RANKS[dataset], strict=True):
         adapted = modules(stage, TGLoRALinear)
@@ -84,22 +83,21 @@ def test_network_matches_the_paper(dataset):
 @pytest.mark.parametrize("T, groups", [
     (1, (1, 1, 1, 1)), (2, (1, 1, 1, 2)), (3, (1, 1, 2, 3)), (4, (1, 2, 3, 4)), (5, (1, 3, 4, 5))])
 def test_numbers_of_groups_match_section_4_4(T, groups):
-    """Task-specific in the last stage, one group less in each stage before, one in the first."""
+    """The last stage has one group per task, earlier ones one fewer each, and the first has one."""
     assert paper_groups(T) == groups
 
 
-def test_demonstration_has_its_own_groups():
-    """The five tasks of rooms' recipe use 1,2,2,5; any other tasks use the paper's numbers."""
-    assert parse_arguments([]).groups == (1, 2, 2, 5)
-    five = ["--tasks", "semseg,human_parts,sal,depth,normals"]
-    assert parse_arguments(five).groups == (1, 3, 4, 5)
+def test_groups_follow_from_the_number_of_tasks():
+    """The default is the paper's tree for this many tasks; only TGLoRA has one."""
+    assert parse_arguments([]).groups == (1, 2, 3, 4)
     assert parse_arguments(["--tasks", "depth,sal,edge"]).groups == (1, 1, 2, 3)
     assert parse_arguments(["--method", "full"]).groups == (1, 1, 1, 1)
 
 
 # --- every flag arrives ---------------------------------------------------------------------------
-# For each flag a value that no recipe has.
-FLAGS = {"train-rooms": "7", "val-rooms": "1", "tasks": "normals,depth,semseg", "size": "32x40",
+# For each flag, a value that no recipe uses.
+FLAGS = {"train-rooms": "7", "val-rooms": "1", "room-seed": "6", "tasks": "normals,depth,semseg",
+         "size": "32x40",
          "workers": "3", "no-cache": None, "no-flip": None, "scales": "1.5,1.7", "rotate": "30",
          "weights": "mine.pth", "rank": "9", "last-rank": "5", "layers": "attn+mlp+others",
          "dropout": "0.25", "drop-path": "0.35", "fused": "3,4,5,6", "groups": "1,2,2,3",
@@ -114,7 +112,7 @@ ELSEWHERE = {"dataset", "method", "out", "resume", "baseline", "tree", "tree_onl
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
-    """A run with all of FLAGS that computes no step and records all important calls instead."""
+    """A run with all of FLAGS that computes no steps, and records the important calls instead."""
     seen = SimpleNamespace(train_step=[], loader=[], draw_augmentation=[], gradient_similarity=[],
                            evaluate=[], load_weights=[], head_rates=[], compiled=[],
                            out=tmp_path_factory.mktemp("run") / "run")
@@ -157,7 +155,7 @@ def seen(tmp_path_factory):
 
 
 def test_no_flag_is_forgotten():
-    """Each flag is in the run above or is looked at elsewhere."""
+    """Each flag is in the run above or is tested elsewhere."""
     here = {name.removeprefix("no-").replace("-", "_") for name in FLAGS}
     assert vars(parse_arguments([])).keys() == here | ELSEWHERE
     assert not here & ELSEWHERE
@@ -205,8 +203,7 @@ def test_flags_of_similarity_and_tree_arrive(seen):
 
 
 def test_flags_of_optimisation_arrive(seen):
-    """Epochs, batch size, parts, rate, warm-up, decay, clip, device and precision reach each step.
-    """
+    """Flags of batches, learning rate, decay, clipping, device and precision reach each step."""
     assert len(seen.train_step) == 3 * (7 // 2)
     for i, call in enumerate(seen.train_step):
         rate = 0.03 * (i + 1) / 5.5
@@ -219,7 +216,7 @@ def test_flags_of_optimisation_arrive(seen):
 
 
 def test_flags_of_the_run_arrive(seen):
-    """Evaluate every 2 of 3 epochs and at the end; log every 5 of 9 steps and at epochs' ends."""
+    """A run evaluates every 2 epochs and at the end; it logs every 5 steps and after each epoch."""
     lines = (seen.out / "log.jsonl").read_text().splitlines()
     steps = [line.split(",")[0] for line in lines if '"lr"' in line]
     assert steps == [f'{{"step": {n}' for n in (3, 5, 6, 9)]
@@ -251,7 +248,7 @@ def test_data_root_and_download_arrive(monkeypatch):
     (["--dataset", "nyud"], "out", "runs/nyud"), (["--size", "448x576"], "size", (448, 576)),
     (["--scales", "2:1"], "scales", tuple(np.linspace(2, 1, 101)))])
 def test_values_are_read_as_documented(flag, name, value):
-    """Defaults and the two ways of writing sizes and scales."""
+    """Defaults, a size of two numbers and a range of scales become these values."""
     assert getattr(parse_arguments(flag), name) == value
 
 
@@ -261,10 +258,10 @@ def test_values_are_read_as_documented(flag, name, value):
     ("--epochs 0", "expected a whole number from 1"), ("--epochs 1.5", "a whole number"),
     ("--dropout 1", "from 0 to 0.99"), ("--seed -1", "from 0"), ("--rank 5000", "to 4096"),
     ("--scales nan", "expected a number"), ("--scales 1,inf", "expected a number"),
-    ("--scales 0.5:1:2", "expected LOW:HIGH"), ("--scales 1,", "without an empty one"),
-    ("--size 64x", "without an empty one"), ("--size 64x64x64", "448 or 448x576"),
-    ("--size 16", "from 32"), ("--tasks semseg,", "without an empty one"),
-    ("--tasks=", "without an empty one"), ("--groups 1,2,3", "four numbers"),
+    ("--scales 0.5:1:2", "expected LOW:HIGH"), ("--scales 1,", "none of them empty"),
+    ("--size 64x", "none of them empty"), ("--size 64x64x64", "448 or 448x576"),
+    ("--size 16", "from 32"), ("--tasks semseg,", "none of them empty"),
+    ("--tasks=", "none of them empty"), ("--groups 1,2,3", "four numbers"),
     ("--groups 1,2,x,4", "a whole number"), ("--fused 1,2", "four numbers"),
     ("--method full --rank 8", "--rank has no effect with --method full"),
     ("--method decoders --layers attn", "--layers has no effect"),
@@ -272,7 +269,7 @@ def test_values_are_read_as_documented(flag, name, value):
     ("--method mtlora --groups 1,1,1,1", "--groups has no effect"),
     ("--frozen norm", "unrecognized"), ("--epoch 3", "unrecognized")])
 def test_wrong_values_are_refused(flags, message, capsys):
-    """A flag that cannot mean what it says ends in a usage error, before any work."""
+    """An impossible value or a flag without effect is a usage error before any work."""
     with pytest.raises(SystemExit) as stop:
         parse_arguments(flags.split())
     assert stop.value.code == 2
@@ -280,11 +277,12 @@ def test_wrong_values_are_refused(flags, message, capsys):
 
 
 def test_help_shows_every_flag_with_its_reason(capsys):
-    """--help is the table: each name, reason and default of the chosen dataset."""
+    """--help shows each name and reason, and the defaults of the chosen dataset."""
     with pytest.raises(SystemExit):
         parse_arguments(["--dataset", "pascal", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     for knob in (knob for knobs in TABLE.values() for knob in knobs):
         assert f"--{knob.name.replace('_', '-')}" in text
         assert knob.reason in text
-    assert "(default: 3.125e-05)" in text
+    assert "(default: 3.125e-05)" in text and "(default: 0)" in text
+    assert "None" not in text               # no default to show

@@ -1,9 +1,9 @@
-"""TGLoRA on one page: four steps of `python train.py`, written a second time and plainly.
+"""TGLoRA on one page: four steps of `python train.py`, written again as plainly as possible.
 
 Each task walks through its own layers W x + b + 4 B A drop(x). No groups are folded, and the tasks
 share nothing but the weights. Losses, eq. 8, clipping, AdamW, schedule, BatchNorm, dropout and
-stochastic depth are written out from their formulas, with their numbers. From our code this file
-only takes the data, attention's windows and the starting weights.
+stochastic depth are written out as formulas with their constants. From our code, this file only
+takes the data, attention's windows and the initial weights.
 """
 
 import json
@@ -44,14 +44,16 @@ def keep(shape, rate):
 
 
 def draw_masks():
-    """Everything that is random in a forward pass, in the order in which the program draws it:
-    {(stage, block, layer): (G, B, ...)} for all groups of a stage at once."""
+    """Everything that is random in a forward pass, in the order in which the program draws it.
+
+    Returns {(stage, block, layer): (G, B, ...)}: one mask for all groups of a stage.
+    """
     masks, (H, W) = {}, (SIZE[0] // 4, SIZE[1] // 4)
     for s in range(4):
         G, C = len(TREE[s]), 32 * 2 ** s
         windows = math.ceil(H / WINDOW) * math.ceil(W / WINDOW)
         for b in range(BLOCKS):
-            rate = DROP_PATH * (s * BLOCKS + b) / (4 * BLOCKS - 1)  # the deeper, the more
+            rate = DROP_PATH * (s * BLOCKS + b) / (4 * BLOCKS - 1)  # grows with depth
             for half, shapes in (("attn", [(windows, WINDOW ** 2, C)] * 2),
                                  ("mlp", [(H, W, C), (H, W, 4 * C)])):
                 for layer, shape in zip([n for n in LAYERS if half in n], shapes):
@@ -121,7 +123,7 @@ def merge_patches(p, name, x):
 
 
 def decode(p, name, maps, training):
-    """Four 1x1 convolutions to the first map's size; 1x1 convolution, BatchNorm, ReLU, and one."""
+    """A 1x1 convolution per map, resized and joined; then 1x1, BatchNorm, ReLU and 1x1."""
     fused = [(x @ p[f"{name}fuse.{i}.weight"][:, :, 0, 0].T).permute(0, 3, 1, 2)
              for i, x in enumerate(maps)]
     x = torch.cat([F.interpolate(x, fused[0].shape[2:], mode="bilinear") for x in fused], 1)
@@ -163,7 +165,7 @@ def learning_rate(step, steps):
 
 
 def adamw(p, names, moments, step, lr):
-    """Clip the norm of all gradients together; only matrices decay, and not by their gradient."""
+    """Clip all gradients by their joint norm, then take a step of AdamW. Only matrices decay."""
     total = math.sqrt(sum(p[n].grad.double().square().sum().item() for n in names))
     for n in names:
         g = p[n].grad * min(1, CLIP / total)
@@ -179,7 +181,7 @@ def adamw(p, names, moments, step, lr):
 
 
 def reference(p, trained):
-    """Train p in place. Returns each step's losses, the gradients' norms, the validation loss."""
+    """Train p in place. Returns each step's losses and gradient norm, and the validation loss."""
     rooms = [Rooms("train", TASKS, ROOMS, SIZE)[i] for i in range(ROOMS)]
     orders = [np.random.Generator(np.random.PCG64([SEED, e])).permutation(ROOMS).reshape(-1, BATCH)
               for e in range(EPOCHS)]
@@ -214,7 +216,7 @@ def in_double(monkeypatch):
 @pytest.mark.parametrize("layers", [
     "attn+mlp+others", pytest.param("attn+mlp", marks=pytest.mark.slow)])
 def test_a_run_is_the_reference(layers, tmp_path, in_double):
-    """The same losses, learning rates, validation loss and change of every trained weight."""
+    """Losses, learning rates, the validation loss and every trained weight are the same."""
     path = tmp_path / "tree.json"
     path.write_text(json.dumps({"tree": [[[TASKS[t] for t in g] for g in s] for s in TREE]}))
     flags = [*FLAGS, "--layers", layers, "--tree", str(path)]
@@ -229,7 +231,7 @@ def test_a_run_is_the_reference(layers, tmp_path, in_double):
     train.main([*flags, "--out", str(tmp_path / "run")])
     log, norms, validation = reference(p, trained)
 
-    assert min(norms) > CLIP and max(norms) > 1.3 * min(norms)  # or Adam would hide the clipping
+    assert min(norms) > CLIP and max(norms) > 1.3 * min(norms)  # else Adam would hide a wrong clip
     lines = [json.loads(x) for x in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     for step, (line, losses) in enumerate(zip(lines[:4], log, strict=True)):
         assert line["lr"] == pytest.approx(learning_rate(step, 4))
@@ -240,5 +242,5 @@ def test_a_run_is_the_reference(layers, tmp_path, in_double):
     assert saved.keys() >= set(trained)
     for n in saved.keys() - {f"decoders.{t}.head.1.num_batches_tracked" for t in TASKS}:
         torch.testing.assert_close(saved[n], p[n], rtol=1e-6, atol=1e-8, msg=n)
-        # BatchNorm subtracts the bias before it, so only that one has no gradient.
+        # Every weight has changed, except a bias that BatchNorm subtracts: it has no gradient.
         assert n.endswith("head.0.bias") or (p[n] - start[n]).abs().max() > 1e-5

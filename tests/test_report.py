@@ -1,4 +1,4 @@
-"""report.py: pictures hold the right colours at the right places."""
+"""report.py: pictures have the right colours and texts in the right places."""
 
 import json
 import math
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def texts(monkeypatch):
-    """Every text that is drawn, with the box it fills."""
+    """A list of every text that is drawn, with its bounding box."""
     drawn, real = [], ImageDraw.ImageDraw.text
 
     def text(pen, xy, string, fill=None, font=None, anchor=None):
@@ -33,7 +33,7 @@ def predict_nothing(tasks):
 
 
 def test_curves_show_losses_and_metrics(tmp_path):
-    """One column per task, the loss above the metric; what is not a number is left out."""
+    """Each task has a column with its loss above its metric; NaN and null are left out."""
     lines = [{"step": s, "lr": 1, "loss": {"depth": 4.0 - s, "sal": 1.0}} for s in (1, 2, 3)]
     lines[0]["loss"]["sal"] = None
     lines += [{"step": s, "results": {"depth": {"rmse": r}, "sal": {"mIoU": m}}}
@@ -46,7 +46,7 @@ def test_curves_show_losses_and_metrics(tmp_path):
     blue = (picture[..., 2] - picture[..., 0]) > 100
 
     def ends(row, column):
-        """First and last point of a curve, relative to the corner of its frame."""
+        """First and last point of a curve, relative to the top left corner of its frame."""
         top, left = row * (height + 2 * MARGIN), column * (width + 2 * MARGIN)
         ys, xs = np.nonzero(blue[top:top + height + 2 * MARGIN, left:left + width + 2 * MARGIN])
         first, last = xs.min(), xs.max()
@@ -54,9 +54,9 @@ def test_curves_show_losses_and_metrics(tmp_path):
                 (last - MARGIN, ys[xs == last].mean() - MARGIN)]
 
     expected = {(0, 0): [(width / 3, 0), (width, height)],              # the loss falls
-                (0, 1): [(width * 2 / 3, height), (width, height)],
+                (0, 1): [(width * 2 / 3, height / 2), (width, height / 2)],     # it is constant
                 (1, 0): [(width * 2 / 3, height), (width, 0)],          # rmse rises
-                (1, 1): [(width, height), (width, height)]}
+                (1, 1): [(width, height / 2), (width, height / 2)]}         # one point
     for place, points in expected.items():
         np.testing.assert_allclose(ends(*place), points, atol=4)
 
@@ -67,7 +67,7 @@ FIVE = ["depth", "semseg", "normals", "edge", "human_parts"]
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("suffix", ["", "_with_a_rather_long_name"])
 def test_the_tree_is_drawn_with_its_similarities(known, suffix, tmp_path, texts):
-    """Every name and number, none over another; groups stand together; below zero is red."""
+    """Names and numbers do not overlap, groups stand together, and negative numbers are red."""
     tasks = [name + suffix for name in FIVE]
     depth, semseg, normals, edge, parts = tasks
     halves = [[semseg, edge, parts], [depth, normals]]
@@ -101,42 +101,73 @@ def test_the_tree_is_drawn_with_its_similarities(known, suffix, tmp_path, texts)
 
 @pytest.mark.parametrize("dataset, names, words", [
     ("nyud", ["semseg", "depth"], ["wall", "floor mat", "other prop", "1 m", "10 m", "depth:"]),
-    ("pascal", ["semseg", "human_parts", "sal"], ["background", "tv monitor", "torso"]),
-    ("rooms", ["semseg", "normals"], ["floor", "cylinder"])])
+    ("pascal", ["semseg", "human_parts", "sal"], ["background", "tv monitor", "torso", "salient"]),
+    ("rooms", ["semseg", "normals"], ["floor", "cylinder", "facing left", "the camera"])])
 def test_pictures_say_what_is_in_them(tmp_path, texts, dataset, names, words):
-    """A title above each column, and a legend with the classes and some depths."""
+    """Columns have titles, every task has a legend, and no text is cut off."""
+    words = ["image", *names, *words, "no ground truth"]
     Image.new("RGB", (40, 30), (200, 0, 0)).save(tmp_path / "photo.png")
     tasks = make_tasks(names, CLASSES[dataset])
     draw_photos([tmp_path / "photo.png"], tmp_path, predict_nothing(tasks), tasks, (32, 32), CPU)
-    strings = [string for string, _ in texts]
-    assert strings[:2] == ["image", names[0]] and set(words) <= set(strings)
-    texts.clear()
+    check_texts(texts, words, tmp_path / "photo.predicted.png")
     sample = {"image": torch.full((3, 4, 4), 128, dtype=torch.uint8)}
     for task in tasks:
         shape = (4, 4) if task.kind == "classes" else (task.channels, 4, 4)
         sample[task.name] = torch.zeros(shape)
     draw_samples(tmp_path / "samples.png", predict_nothing(tasks), tasks, [sample], (32, 32), CPU)
-    strings = [string for string, _ in texts]
-    assert strings[:3] == ["image", f"{names[0]}: ground truth", f"{names[0]}: prediction"]
-    assert set(words) <= set(strings)
+    check_texts(texts, [*words, "ground truth", "prediction"], tmp_path / "samples.png")
+
+
+def check_texts(texts, words, path):
+    """All `words` are in the picture, and every text lies inside it."""
+    picture = Image.open(path)
+    assert set(words) <= {string for string, _ in texts}
+    for string, (left, top, right, bottom) in texts:
+        assert left >= 0 and top >= 0, string
+        assert right <= picture.width and bottom <= picture.height, string
+    texts.clear()
+
+
+def test_samples_show_each_prediction_under_its_ground_truth(tmp_path):
+    """The ground truth, 1 m above 2 m, is drawn above the prediction, which is 4 m everywhere."""
+    task = make_tasks(["depth"], 6)[0]
+    depth = torch.full((1, 8, 8), 2.0)
+    depth[:, :4] = 1.0
+    sample = {"image": torch.full((3, 8, 8), 128, dtype=torch.uint8), "depth": depth}
+    draw_samples(tmp_path / "samples.png", lambda image: {"depth": torch.full((1, 1, 8, 8), 4.0)},
+                 [task], [sample], (8, 8), CPU)
+    picture = np.array(Image.open(tmp_path / "samples.png")).astype(int)
+    rows = {}
+    for metres in (1.0, 2.0, 4.0):
+        colour = (task.colours(torch.full((1, 1, 1), metres))[:, 0, 0] * 255).int().numpy()
+        same = (abs(picture - colour) <= 1).all(2)
+        rows[metres] = np.flatnonzero(same.sum(1) == 200)               # not the legend's squares
+    assert [len(rows[metres]) for metres in rows] == [100, 100, 200]    # 8 pixels became 200
+    assert rows[1.0].max() < rows[2.0].min() and rows[2.0].max() < rows[4.0].min()
 
 
 def test_a_legend_has_the_colours_of_the_picture():
-    """NYU's 40 classes by name, depths in metres; normals explain themselves."""
+    """Legends name classes, depths in metres and directions of normals, in the task's colours."""
     semseg, depth = make_tasks(["semseg", "depth"], CLASSES["nyud"])
     assert [name for name, _ in legend(semseg)] == list(CLASSES["nyud"])
     name, colour = legend(semseg)[3]
     assert name == "bed"
     assert torch.equal(colour, semseg.colours(torch.full((1, 1), 3))[:, 0, 0])
-    name, colour = legend(depth)[1]
+    name, colour = legend(depth)[2]
     assert name == "2 m"
     assert torch.equal(colour, depth.colours(torch.full((1, 1, 1), 2.0))[:, 0, 0])
     assert [name for name, _ in legend(make_tasks(["semseg"], 3)[0])] == ["0", "1", "2"]
-    assert legend(make_tasks(["normals"], 3)[0]) == []
+    sal, normals = make_tasks(["sal", "normals"], 3)
+    assert [(name, colour.tolist()) for name, colour in legend(sal)] == [
+        ("salient", [1, 1, 1]), ("not salient", [0, 0, 0])]
+    directions = dict(legend(normals))
+    assert directions["right"].tolist() == [1, 0.5, 0.5]            # x right, y down, z to camera
+    assert directions["up"].tolist() == [0.5, 0, 0.5]
+    assert directions["the camera"].tolist() == [0.5, 0.5, 1]
 
 
 def test_delta_m_is_shown_when_it_is_known():
-    """In the line of an epoch and under the table."""
+    """It ends the line of an epoch, and it is the last line of the table."""
     tasks = make_tasks(["depth"], 3)
     result = {"loss": 1.5, "delta_m": -2.345, "images": 1, "pixels": {"depth": 4},
               "nan": {"depth": 0}, "results": {"depth": {"rmse": 0.5}}}

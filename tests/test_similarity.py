@@ -1,4 +1,4 @@
-"""similarity.py against direct computations, with a network that has nothing of this project."""
+"""similarity.py against direct computations, on a network that needs no other file of ours."""
 
 import copy
 
@@ -15,7 +15,7 @@ NAMES = ["one", "two", "three"]
 
 
 class Backbone(nn.Module):
-    """Two maps; BatchNorm and dropout would make examples depend on each other and on chance."""
+    """Two maps. In train mode, BatchNorm would mix the examples, and dropout would be random."""
 
     def __init__(self):
         super().__init__()
@@ -76,7 +76,7 @@ def example(seed, without=()):
 
 
 def load(batches):
-    """Batches of examples, by their numbers."""
+    """Batches of the examples with these numbers."""
     for batch in batches:
         images, labels = zip(*map(example, batch))
         yield torch.cat(images), {k: torch.cat([x[k] for x in labels]) for k in labels[0]}
@@ -84,7 +84,7 @@ def load(batches):
 
 # --- eq. 2 ----------------------------------------------------------------------------------------
 def test_the_default_is_the_plain_cosine():
-    """Dividing by norms, as eq. 2 is printed, changes nothing; dividing by elements does."""
+    """Dividing by norms, as eq. 2 does, changes nothing; dividing element by element does."""
     g, h = torch.tensor([100.0, 1.0, 0.0]), torch.tensor([100.0, -1.0, 0.0])
     assert gradient_similarity(g, h).item() == pytest.approx(9999 / 10001)
     assert gradient_similarity(g / 201, h / 201).item() == pytest.approx(9999 / 10001)
@@ -109,7 +109,7 @@ def test_rounding_noise_has_no_weight_element_by_element():
 
 
 def test_millions_of_small_terms_add_up():
-    """float32 keeps six digits, also next to a few large terms."""
+    """The cosine keeps six digits in float32, even if a few terms are much larger."""
     rng = np.random.default_rng(0)
     a = rng.normal(size=2_000_003) * np.where(rng.random(2_000_003) < 1e-5, 1e3, 1e-3)
     b = a * 0.1 + rng.normal(size=len(a)) * 1e-3
@@ -121,7 +121,7 @@ def test_millions_of_small_terms_add_up():
 # --- eq. 3 ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("normalize", ["none", "elementwise"])
 def test_similarities_equal_direct_autograd(normalize):
-    """One backward pass per task and example, in eval mode, with F.cosine_similarity in float64."""
+    """One backward pass per task and example and F.cosine_similarity give the same values."""
     tasks, model = make_tasks(), Net()
     examples = [example(0), example(1, ["two"]), example(2), example(3)]
     similarity = task_similarity(model, tasks, examples, normalize)
@@ -133,7 +133,8 @@ def test_similarities_equal_direct_autograd(normalize):
             if labels[task.name].isfinite().all():
                 model.zero_grad()
                 task.loss(model(image)[task.name], labels[task.name]).backward()
-                grads = [p.grad.flatten() for p in model.backbone.parameters() if p.grad is not None]
+                grads = [p.grad.flatten() for p in model.backbone.parameters()
+                         if p.grad is not None]
                 gradients[t] = torch.cat(grads).double()
         for t in gradients:
             for u in gradients:
@@ -155,13 +156,13 @@ def test_similarities_equal_direct_autograd(normalize):
 
 
 def test_missing_labels_are_left_out_of_their_pairs():
-    """An example without one label counts for the other pair; no example at all is an error."""
+    """An example without one label counts for other pairs; a pair without examples is an error."""
     full, part = example(0), example(1, without=["two"])
     first = task_similarity(Net(), make_tasks(), [full])
     both = task_similarity(Net(), make_tasks(), [full, part])
     assert both.mean[0, 1] == first.mean[0, 1] and both.mean[0, 2] != first.mean[0, 2]
     assert np.isnan(first.error).all()                  # a single example has none
-    with pytest.raises(ValueError, match="no example has valid labels for both one and two; use more"):
+    with pytest.raises(ValueError, match="no example has valid labels for both one and two; use"):
         task_similarity(Net(), make_tasks(), [part])
 
 
@@ -194,7 +195,7 @@ def test_similarities_are_printed_and_saved():
 
 # --- decoders -------------------------------------------------------------------------------------
 def plain_training(model, tasks, batches, lr):
-    """The same steps by torch's own scheduler, with the maps of each batch computed anew."""
+    """The same steps with torch's own scheduler and with new maps for each batch."""
     model.eval()
     model.decoders.train()
     optimizer = torch.optim.AdamW(model.decoders.parameters(), lr=lr)
@@ -211,7 +212,7 @@ def plain_training(model, tasks, batches, lr):
 
 
 def test_decoders_equal_a_plain_training_loop():
-    """AdamW, weighted losses, a rate that falls linearly to 0; the backbone does not change."""
+    """AdamW, weighted losses and a rate that falls to 0 train the decoders, not the backbone."""
     model, tasks = Net(), make_tasks()
     tasks[1].weight = 0.0           # AdamW takes steps of the same size for any other weight
     expected = copy.deepcopy(model)
@@ -237,7 +238,7 @@ def test_the_maps_are_computed_once_in_the_type_of_amp():
 
 
 def test_fresh_decoders_depend_on_the_seed_and_the_name():
-    """And on nothing else: neither other tasks nor their order."""
+    """Neither the other tasks nor the order of the tasks change a fresh decoder."""
     two, three = Net(["three", "one"]), Net()
     for model in (two, three):
         nn.init.constant_(model.decoders["one"].norm.bias, 7)
@@ -256,7 +257,7 @@ def test_fresh_decoders_depend_on_the_seed_and_the_name():
 
 @pytest.mark.parametrize("failing", [None, "backbone", "decoder", "loss"])
 def test_modes_and_flags_are_restored(failing):
-    """train/eval mode and requires_grad are as before, also after an error; no gradient is left."""
+    """train/eval mode and requires_grad are restored even after an error; no gradient is left."""
     model, tasks = Net(), make_tasks()
     model.backbone.first.requires_grad_(False).eval()
     model.decoders["two"].head.requires_grad_(False)

@@ -21,7 +21,7 @@ def noisy(similarity, N, seed, deviation=0.15):
 
 
 def without_labels(samples, task, share, seed):
-    """Some examples lose all their similarities to one task."""
+    """A copy of samples in which some examples lack one task, and all similarities to it."""
     samples = samples.copy()
     missing = np.random.default_rng(seed).random(len(samples)) < share
     samples[missing, task] = samples[missing, :, task] = np.nan
@@ -29,7 +29,7 @@ def without_labels(samples, task, share, seed):
 
 
 def test_agreement_equals_a_direct_bootstrap():
-    """Each resample is a list of examples, drawn with replacement; its tree is built again."""
+    """A plain bootstrap draws lists of examples with replacement and builds a tree from each."""
     true = np.random.default_rng(5).uniform(0, 0.3, (5, 5))
     for seed, groups in enumerate([(1, 2, 4, 5), (1, 2, 2, 3), (2, 3, 3, 5)]):
         samples = without_labels(noisy(true, 30, seed), task=2, share=0.3, seed=seed)
@@ -47,7 +47,7 @@ def test_agreement_equals_a_direct_bootstrap():
 
 
 def test_only_stages_with_a_choice_are_judged():
-    """A stage has none if it is one group, all tasks, or the groups of the stage after it."""
+    """A stage has no choice if it has one group, one per task, or as many as the next stage."""
     samples = noisy(np.zeros((5, 5)), 30, seed=0)
     for groups, judged in (((1, 2, 4, 5), [0, 1, 1, 0]), ((1, 2, 2, 5), [0, 0, 1, 0]),
                            ((1, 1, 2, 3), [0, 0, 1, 1]), ((2, 5, 5, 5), [1, 0, 0, 0]),
@@ -73,7 +73,7 @@ def test_a_clear_stage_is_decided_and_a_tie_is_not():
 
 
 def test_the_order_of_the_tasks_does_not_matter():
-    """The same examples are drawn, so the agreement is the same."""
+    """Resamples draw the same examples for any order of tasks, so the agreement is the same."""
     samples = noisy(np.random.default_rng(0).uniform(0, 0.3, (4, 4)), 40, seed=1)
     backwards = samples[:, ::-1, ::-1]
     one, other = (stability(build_tree(x.mean(0), (1, 2, 3, 4)), x) for x in (samples, backwards))
@@ -81,7 +81,7 @@ def test_the_order_of_the_tasks_does_not_matter():
 
 
 def test_a_pair_that_a_resample_lacks_keeps_its_mean():
-    """Tasks 0 and 1 share few examples but are clearly alike: a resample without any still is."""
+    """If a resample has no example of a pair, the pair keeps its mean over all examples."""
     samples = np.full((500, 3, 3), 0.1)
     samples[:, [0, 1], [1, 0]] = np.nan
     samples[3:13, [0, 1], [1, 0]] = 0.5
@@ -93,7 +93,7 @@ def test_a_pair_that_a_resample_lacks_keeps_its_mean():
 
 
 def test_few_examples_decide_nothing():
-    """With nine examples of a pair, all resamples may agree by chance."""
+    """With fewer than ten examples of a pair, a stage is undecided even if all resamples agree."""
     true = np.zeros((3, 3))
     true[0, 1] = 1
     samples = noisy(true, 30, seed=0, deviation=0.01)
@@ -117,7 +117,7 @@ def test_the_limit_is_99_5_percent():
 
 
 def test_the_search_is_used_for_every_resample():
-    """So that more tasks than the exact search can handle are possible."""
+    """A search that is passed in finds the partitions, so more than ten tasks are possible."""
     calls = []
 
     def search(sim, num_groups):

@@ -28,7 +28,7 @@ def networks():
 @pytest.mark.parametrize("size, trained", [
     ((224, 224), True), ((225, 337), False), ((50, 121), True), ((50, 121), False)])
 def test_maps_equal_torchvisions(size, trained):
-    """They agree for padded windows and odd maps, and whether or not the bias table is trained."""
+    """Maps agree for padded windows and odd sizes, and whether or not the bias table is trained."""
     theirs, ours = networks()
     ours.requires_grad_(trained)
     image = torch.randn(2, 3, *size)
@@ -42,7 +42,7 @@ def test_maps_equal_torchvisions(size, trained):
 
 
 def test_the_presets_are_the_published_ones():
-    """Their widths, depths and heads are those of table 7; mini is ours."""
+    """Widths, depths and heads are those of table 7 in Swin's paper; mini is ours."""
     published = {"tiny": (96, (2, 2, 6, 2), (3, 6, 12, 24)),
                  "small": (96, (2, 2, 18, 2), (3, 6, 12, 24)),
                  "base": (128, (2, 2, 18, 2), (4, 8, 16, 32)),

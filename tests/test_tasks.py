@@ -43,7 +43,7 @@ def mean(values):
 
 # --- definitions ----------------------------------------------------------------------------------
 def test_segmentation_equals_its_definition():
-    """Mean IoU, accuracy and cross-entropy of the valid pixels."""
+    """Mean IoU, accuracy and cross-entropy are computed from the valid pixels."""
     task, pred, label, valid = random_example("semseg")
     true = label[valid]
     logits = pred.movedim(1, -1)[valid]                     # (N, classes)
@@ -60,7 +60,7 @@ def test_segmentation_equals_its_definition():
 
 
 def test_a_class_that_never_occurs_does_not_count():
-    """The mean IoU is over the classes in a label or a prediction; a wrong one is 0."""
+    """The mean IoU covers only the classes that occur in a label or in a prediction."""
     task = Segmentation("semseg", 5, 1.0)
     label = torch.tensor([[[0, 0, 1, 255]]])
     pred = F.one_hot(torch.tensor([[[0, 0, 2, 3]]]), 5).movedim(-1, 1).float()
@@ -70,7 +70,7 @@ def test_a_class_that_never_occurs_does_not_count():
 
 
 def test_depth_equals_its_definition():
-    """The root of the mean squared error, the mean relative error, and L1 as the loss."""
+    """The metrics are the RMSE and the mean relative error, and the loss is L1."""
     task, pred, label, valid = random_example("depth")
     error = (pred - label)[:, 0][valid]
     relative = error.abs() / label[:, 0][valid]
@@ -80,7 +80,7 @@ def test_depth_equals_its_definition():
 
 
 def test_normals_equal_their_definition():
-    """The mean and root mean square of the angle, and L1 between unit vectors as the loss."""
+    """The metrics are the mean and root mean square angle; the loss is L1 of unit vectors."""
     task, pred, label, valid = random_example("normals")
     true = label.movedim(1, -1)[valid]
     guess = pred.movedim(1, -1)[valid]
@@ -100,7 +100,7 @@ def test_normals_have_three_limits():
 
 
 def test_values_that_count_as_valid():
-    """A depth above 0, and a normal longer than 0.5."""
+    """A depth is valid above 0, and a normal if it is longer than 0.5."""
     depth = torch.tensor([-1.0, 0.0, 0.001]).view(1, 1, 1, 3)
     assert Depth().valid(depth).flatten().tolist() == [False, False, True]
     normals = torch.tensor([0.0, 0.45, 0.55]) * torch.tensor([[0.6], [0.0], [-0.8]])
@@ -108,7 +108,7 @@ def test_values_that_count_as_valid():
 
 
 def test_saliency_equals_its_definition():
-    """The best threshold of the images' mean IoU; in image 2, nothing is salient or predicted."""
+    """The mIoU is that of the best threshold; image 2 has nothing salient or predicted."""
     task, pred, label, valid = random_example("sal", B=5)
     label[2] = label[2].where(label[2] != 1, 0)
     pred = pred + 2 * (label[:, None] == 1)
@@ -126,7 +126,7 @@ def test_saliency_equals_its_definition():
 
 
 def test_edges_equal_their_definition():
-    """Precision and recall pixel by pixel, with a reach of one pixel and one threshold for all."""
+    """Precision and recall allow a reach of one pixel; one threshold serves all images."""
     g = torch.Generator().manual_seed(5)
     label = (torch.rand(2, 9, 140, generator=g) < 0.02).long()   # a diagonal of 140: reach is 1
     label[torch.rand(2, 9, 140, generator=g) < 0.1] = 255
@@ -152,7 +152,7 @@ def test_edges_equal_their_definition():
 @pytest.mark.parametrize("width, offset, correct", [(140, 1, True), (140, 2, False),
                                                     (340, 3, True), (460, 4, False)])
 def test_the_reach_of_an_edge_grows_with_the_image(width, offset, correct):
-    """0.0075 of the diagonal: 1 pixel of 140, 3 pixels of 340 and of 460."""
+    """The reach is 0.0075 of the diagonal: 1 pixel of 140, and 3 pixels of 340 and of 460."""
     label = torch.zeros(1, 9, width).long()
     pred = torch.full((1, 1, 9, width), -9.0)
     label[:, :, 50] = 1
@@ -165,7 +165,7 @@ def test_the_reach_of_an_edge_grows_with_the_image(width, offset, correct):
     ("sal", 0.19, 0.11, False), ("sal", 0.99, 0.91, False),
     ("edge", 0.07, 0.03, True), ("edge", 0.97, 0.93, True)])
 def test_first_and_last_thresholds(name, high, low, perfect):
-    """0.20 to 0.90 for saliency and 0.05 to 0.95 for edges: does one separate these pixels?"""
+    """Thresholds run from 0.20 to 0.90 for saliency, and from 0.05 to 0.95 for edges."""
     task = TASKS[name]
     chance = torch.full((1, 1, 3, 40), 0.001)
     chance[..., 1, 10], chance[..., 1, 30] = high, low
@@ -177,7 +177,7 @@ def test_first_and_last_thresholds(name, high, low, perfect):
 
 @pytest.mark.parametrize("name", ["sal", "edge"])
 def test_binary_losses_equal_their_definition(name):
-    """Saliency weighs each class by the other's share; edges have 0.95 and 0.05."""
+    """Saliency weights each class by the other's share; edges use 0.95 and 0.05."""
     task, pred, label, valid = random_example(name)
     chance, true = pred[:, 0][valid].sigmoid(), label[valid]
     positive = 0.95 if name == "edge" else (true == 0).float().mean()
@@ -187,7 +187,7 @@ def test_binary_losses_equal_their_definition(name):
 
 # --- every task -----------------------------------------------------------------------------------
 def test_constants_of_the_tasks():
-    """Loss weights are MTLoRA's, and MTI-Net's for edges."""
+    """Loss weights are MTLoRA's, and MTI-Net's for edges; outputs and directions fit the tasks."""
     expected = {"semseg": (1, 40, True), "human_parts": (2, 7, True), "sal": (5, 1, True),
                 "edge": (50, 1, True), "depth": (1, 1, False), "normals": (10, 3, False)}
     tasks = make_tasks(list(expected), 40)
@@ -197,7 +197,7 @@ def test_constants_of_the_tasks():
 
 @pytest.mark.parametrize("name", TASKS)
 def test_nothing_valid_and_nan_predictions_give_nan(name):
-    """Never a number that looks like a result; a NaN at an invalid pixel does not matter."""
+    """Every metric is NaN then, but a NaN at an invalid pixel does not matter."""
     task, pred, label, _ = random_example(name)
     label[0, ..., 0, 0] = 1 if task.kind == "classes" else 0.6
     metrics = task.metrics(task.sums(pred, label))
@@ -223,7 +223,7 @@ def test_losses_use_valid_pixels_only(name):
 
 
 def test_best_constants():
-    """The majority class, the mean depth, everything salient, and the middle of the normals."""
+    """These are the majority class, the mean depth, all salient, and the middle of the normals."""
     assert Segmentation("semseg", 3, 1.0).best_constant(torch.tensor([2, 1, 2, 0])).argmax() == 2
     assert Depth().best_constant(torch.tensor([1.0, 1.0, 4.0])).tolist() == [2]
     assert Saliency().best_constant(torch.tensor([0, 1])).sigmoid() > 0.99
@@ -250,7 +250,7 @@ def test_colours():
 
 # --- tables ---------------------------------------------------------------------------------------
 def test_the_papers_tables_give_their_delta_m():
-    """Table 1: +4.50 on PASCAL, and +0.24 on NYUD, against the baselines in this repository."""
+    """Table 1's +4.50 on PASCAL and +0.24 on NYUD follow from the baselines in this repository."""
     pascal = json.loads((BASELINES / "pascal.json").read_text())["results"]
     results = {"semseg": {"mIoU": 0.7053}, "human_parts": {"mIoU": 0.6096},
                "sal": {"mIoU": 0.6612}, "normals": {"mean": 16.43}}
@@ -270,13 +270,13 @@ def test_the_papers_tables_give_their_delta_m():
     (["depth", "semseg"], None, "semseg: the number of classes is unknown"),
     (["semseg"], 459, "at most 255 classes, got 459")])
 def test_wrong_lists_of_tasks_are_refused(names, classes, message):
-    """Also semseg without its classes, and more classes than a label can hold."""
+    """Tasks must be known, given once, and have a number of classes that a label can hold."""
     with pytest.raises(ValueError, match=message):
         make_tasks(names, classes)
 
 
 def test_your_own_task_is_one_more_in_the_table(monkeypatch):
-    """make_tasks and delta_m know it by its name; changing a task does not change the table."""
+    """make_tasks and delta_m find your task by name; changing a task does not change TASKS."""
     monkeypatch.setitem(TASKS, "ground", Segmentation("ground", 3, 1.0))
     for _ in range(2):
         ground, semseg = make_tasks(["ground", "semseg"], ("floor", "wall"))

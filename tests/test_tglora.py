@@ -1,4 +1,4 @@
-"""tglora.py: eq. 4 against separate layers, and adapters in models that know nothing of them."""
+"""tglora.py: eq. 4 against separate layers, and adapters in models that do not know of them."""
 
 import copy
 import io
@@ -95,7 +95,7 @@ def test_dropout_is_on_the_adapters_input_only():
 
 
 def test_macs_are_counted_per_group():
-    """W with its bias, and adapters padded to the largest rank, for 7 rows of each group."""
+    """For 7 rows per group, W counts with its bias, and adapters as padded to the largest rank."""
     layer = make_layer((5, 1, 2))
     assert layer.macs(7) == (3 * 7 * 20 * 13, 3 * 7 * 5 * (12 + 20))
     layer.merge()
@@ -109,12 +109,12 @@ def test_macs_are_counted_per_group():
     (10, (3, 2, 2), (4, 3, 3)), (9, (1, 6, 6), (1, 4, 4)), (5, (1, 1, 6), (1, 1, 3)),
     (3, (5, 1, 1), (1, 1, 1)), (11, (3, 3, 1), (5, 5, 1)), (5, (1, 1, 7, 6), (1, 1, 2, 1))])
 def test_a_rank_is_split_in_proportion(rank, sizes, expected):
-    """To group sizes; it sums to the rank exactly and no group gets less than 1."""
+    """Ranks follow the group sizes, sum to the combined rank, and are never below 1."""
     assert split_rank(rank, sizes) == expected
 
 
 def test_ranks_and_batches_that_do_not_fit_are_refused():
-    """A rank below the number of groups or of 0, a batch of unequal groups, a lazy layer."""
+    """Ranks that are too small, batches of unequal groups and lazy layers are errors."""
     with pytest.raises(ValueError, match="rank 2 is smaller than the number of task groups, 3"):
         split_rank(2, (1, 1, 1))
     for ranks in ((1, 0), ()):
@@ -143,7 +143,7 @@ def small_model():
 
 
 def test_layers_are_chosen_by_the_ends_of_their_paths():
-    """All layers of that name and no others; they get the ranks, scale and dropout asked for."""
+    """Only layers whose paths end in a name are adapted, with the given ranks and settings."""
     model = nn.ModuleDict({name: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
                            for name in ("mlp", "attn", "xmlp")})
     add_adapters(model, ["mlp.0", "attn.1"], (2, 1), scale=3.0, dropout=0.1)
@@ -154,7 +154,7 @@ def test_layers_are_chosen_by_the_ends_of_their_paths():
 
 
 def test_a_name_without_a_linear_layer_is_refused():
-    """The error lists the linear layers, and nothing has been changed."""
+    """The error lists the linear layers, and the model is not changed."""
     model = vit()
     with pytest.raises(ValueError, match=r"ends in 'lp.0'; .* encoder.*_0.mlp.0, .*mlp.3"):
         add_adapters(model, ("mlp.0", "lp.0"), (2,))
@@ -169,7 +169,7 @@ def test_a_name_without_a_linear_layer_is_refused():
     (vit, ("out_proj",), (1, 3, 16, 16), 2),
     (lambda: nn.TransformerEncoderLayer(8, 2, 12), ("out_proj",), (3, 1, 8), 1)])
 def test_adapters_that_are_never_called_are_an_error(make, names, shape, count, training):
-    """Some modules read the weights of their linear layers and never call them."""
+    """If a module only reads its linear layers' weights, the forward pass is an error."""
     model = make().train(training)
     add_adapters(model, names, (2,))
     with pytest.raises(ValueError, match=f"{count} of {count} adapted layers were not called"):
@@ -177,7 +177,7 @@ def test_adapters_that_are_never_called_are_an_error(make, names, shape, count, 
 
 
 def test_the_fast_path_of_torchs_encoder_is_noticed():
-    """It calls its linear layers in train mode, so checking the first pass is not enough."""
+    """The encoder calls its linear layers in train mode, so checking one pass is not enough."""
     model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 12, batch_first=True))
     add_adapters(model, ("linear1", "linear2"), (2,))
     x = torch.randn(2, 5, 8)
@@ -194,7 +194,7 @@ def test_the_fast_path_of_torchs_encoder_is_noticed():
 
 
 def test_adapters_keep_ties_and_modes():
-    """A layer at two paths gets one adapter; without dropout if the layer was in eval mode."""
+    """A layer at two paths gets one adapter, which is in the layer's train or eval mode."""
     for training in (True, False):
         tied = nn.Linear(4, 4).train(training)
         model = nn.Sequential(nn.Sequential(tied), tied)
@@ -214,7 +214,7 @@ def test_a_part_and_then_the_whole_can_be_adapted():
 
 
 def test_an_adapted_model_can_be_copied_and_saved():
-    """The copy checks its own layers; without calls of the original they would be missed."""
+    """The copy checks whether its own layers are called, and not the original's."""
     model = small_model().eval()
     x = torch.randn(2, 4)
     expected = model(x)
@@ -224,13 +224,13 @@ def test_an_adapted_model_can_be_copied_and_saved():
     for copied in (copy.deepcopy(model), torch.load(file, weights_only=False)):
         for _ in range(2):
             torch.testing.assert_close(copied(x), expected)
-        copied[0] = nn.Identity()                   # a layer that was taken out is not missed
+        copied[0] = nn.Identity()                   # removing an adapted layer is no error
         copied(x)
 
 
 @pytest.mark.slow
 def test_an_adapted_model_compiles_and_exports():
-    """Without a graph break; also where only a part that holds the adapter is compiled."""
+    """There is no graph break, even if only the part with the adapter is compiled."""
     model = small_model().eval()
     x = torch.randn(2, 4)
     expected = model(x)
@@ -247,7 +247,7 @@ def test_an_adapted_model_compiles_and_exports():
 
 # --- stages ---------------------------------------------------------------------------------------
 class Scaled(nn.Module):
-    """A stage that multiplies each group by another factor and halves dimension 1."""
+    """A stage that multiplies each group by a different factor and halves dimension 1."""
 
     def __init__(self, factors, sizes):
         super().__init__()

@@ -1,4 +1,4 @@
-"""train.py as a user runs it, small: its files, its steps, interruptions, and bad input."""
+"""train.py as a user runs it, on small data: files, interruptions, steps, and bad input."""
 
 import json
 import math
@@ -89,7 +89,7 @@ def assert_same_run(out, other):
 
 
 def interrupt_after(monkeypatch, function, calls):
-    """Press Ctrl-C in the given call of train.<function>, after it has done its work."""
+    """Simulate Ctrl-C at the end of the given call of train.<function>."""
     real, count = getattr(train, function), [0]
 
     def called(*args, **kwargs):
@@ -101,9 +101,9 @@ def interrupt_after(monkeypatch, function, calls):
     monkeypatch.setattr(train, function, called)
 
 
-# --- what a run leaves ----------------------------------------------------------------------------
+# --- the files of a run ---------------------------------------------------------------------------
 def test_a_run_leaves_its_results(whole):
-    """Metrics, the tree, one log line per step and evaluation, pictures, and checkpoints."""
+    """A run writes metrics, its tree, a log of steps and evaluations, pictures and checkpoints."""
     out, returned = whole
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics == json.loads(json.dumps(returned))          # main returns the same
@@ -127,11 +127,11 @@ def test_a_run_leaves_its_results(whole):
     for name in ("predictions.png", "curves.png", "tree.png"):
         assert (out / name).stat().st_size > 1000
     names = [name for name in read(out / "best.pt")["model"] if name.startswith("backbone.")]
-    assert names and all("lora_" in name for name in names)     # the frozen weights stay away
+    assert names and all("lora_" in name for name in names)     # no frozen weights
 
 
 def test_a_given_tree_replaces_the_similarity_and_gives_the_same_run(whole, tmp_path, capsys):
-    """--tree FILE measures nothing, and the training is the same to the last bit."""
+    """With --tree FILE nothing is measured, and training is the same to the last bit."""
     out, _ = whole
     run("--out", tmp_path / "again", "--tree", out / "tree.json")
     assert "similarity:" not in capsys.readouterr().out
@@ -148,7 +148,7 @@ def test_tree_only_ends_with_the_same_tree(whole, tmp_path):
     assert again == json.loads((out / "tree.json").read_text()) == json.loads(json.dumps(result))
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["tree.json", "tree.png"]
     message = refused("--out", tmp_path / "run")
-    assert "exists already" in message and "--resume" not in message    # nothing to continue
+    assert "already exists" in message and "--resume" not in message    # nothing to continue
 
 
 def test_best_epoch_is_chosen_by_delta_m_if_there_is_a_baseline(whole, tmp_path, capsys):
@@ -175,14 +175,14 @@ def test_the_best_epoch_is_kept_when_later_ones_are_worse(whole, tmp_path, monke
 @pytest.mark.parametrize("delta_m, loss, score", [
     (1.5, 9.0, 1.5), (None, 9.0, -9.0), (math.nan, 9.0, -9.0), (None, math.nan, -math.inf)])
 def test_the_validation_score_is_delta_m_or_minus_the_loss(delta_m, loss, score):
-    """Higher is better; a number that does not exist never wins."""
+    """A missing or undefined delta-m is replaced by minus the loss, and NaN never wins."""
     result = {"loss": loss} if delta_m is None else {"loss": loss, "delta_m": delta_m}
     assert train.validation_score(result) == score
 
 
 # --- interruptions --------------------------------------------------------------------------------
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(whole, tmp_path, monkeypatch):
-    """Stopped in its second epoch and continued: everything is equal to the last bit."""
+    """A run stopped in its second epoch and resumed is equal to the last bit."""
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
         interrupt_after(patch, "train_step", 3)
@@ -197,7 +197,8 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(whole, tmp_path, monkey
 
 
 @pytest.mark.parametrize("write", [3, 4])
-def test_a_kill_while_a_checkpoint_is_written_keeps_the_old_one(whole, write, tmp_path, monkeypatch):
+def test_a_kill_while_a_checkpoint_is_written_keeps_the_old_one(whole, write, tmp_path,
+                                                                monkeypatch):
     """A half-written best.pt or last.pt is left under a temporary name and does no harm."""
     out, replace, count = tmp_path / "run", os.replace, [0]
 
@@ -216,7 +217,7 @@ def test_a_kill_while_a_checkpoint_is_written_keeps_the_old_one(whole, write, tm
 
 
 def in_child(flags):
-    """A run in a process of its own, with one thread and without output."""
+    """Run train.py in a separate process, with one thread and without output."""
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = open(os.devnull, "w")
     train.main(flags)
@@ -224,7 +225,7 @@ def in_child(flags):
 
 @pytest.mark.slow
 def test_a_run_killed_at_any_moment_ends_as_an_uninterrupted_one(tree_file, tmp_path):
-    """Killed at ten random moments and resumed each time: equal to the last bit."""
+    """A run killed at ten random moments and resumed each time is equal to the last bit."""
     context = multiprocessing.get_context("spawn")
     flags = [*SMALL, "--tree", str(tree_file), "--epochs", "6"]
 
@@ -292,7 +293,7 @@ def test_a_step_follows_the_clipped_gradient(clip, moved, scale, parts):
 
 
 def test_the_total_loss_weights_the_tasks():
-    """Eq. 8: with a weight of 10 the gradient is ten times as large."""
+    """With a weight of 10 in eq. 8, the gradient is ten times as large."""
     task = make_tasks(["depth"], 7)[0]
     task.weight, net = 10.0, Point()
     optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
@@ -303,7 +304,7 @@ def test_the_total_loss_weights_the_tasks():
 
 
 def test_the_optimizer_is_adamw_without_decay_on_norms_and_biases():
-    """AdamW's usual numbers; 1-D weights and position-bias tables do not decay."""
+    """AdamW has its usual constants, and 1-D weights and position-bias tables do not decay."""
     config = parse_arguments([*SMALL, "--layers", "attn+mlp+others", "--weights", "none"])
     tasks = make_tasks(config.tasks, 7)
     model = build(config, tasks, build_tree(np.zeros((3, 3)), config.groups))
@@ -320,7 +321,7 @@ def test_the_optimizer_is_adamw_without_decay_on_norms_and_biases():
 
 
 def test_the_schedule_begins_above_zero_and_ends_at_zero():
-    """Warm-up for 20 of 300 steps: the first has 1/21 of the peak, the 21st all of it."""
+    """After a warm-up of 20 steps the rate is at its peak; the first step has 1/21 of it."""
     rates = [train.learning_rate(step, 300, 1e-4, 20 / 300) for step in range(301)]
     assert rates[0] == pytest.approx(1e-4 / 21) and rates[9] == pytest.approx(1e-4 * 10 / 21)
     assert rates[20] == pytest.approx(1e-4) == max(rates)
@@ -344,8 +345,7 @@ def test_logged_losses_leave_out_batches_without_labels(capsys):
 
 @pytest.mark.parametrize("log_every", [1, 100])
 def test_a_gradient_that_is_not_finite_is_never_saved(tree_file, tmp_path, monkeypatch, log_every):
-    """With finite losses in the last step: an error, and the run continues from the epoch before.
-    """
+    """An infinite gradient in the last step is an error; --resume continues one epoch earlier."""
     step, count = train.train_step, [0]
 
     def broken(model, *args):
@@ -374,7 +374,7 @@ def test_a_loss_that_is_not_finite_names_its_task(tree_file, tmp_path, monkeypat
 
 
 def test_decoders_that_diverge_are_named(tmp_path):
-    """A far too large rate before the similarity is reported as that, not as missing labels."""
+    """Decoders with NaN are reported as diverged, and not as missing labels."""
     message = refused("--out", tmp_path / "run", "--head-lr", "10", "--head-epochs", "40",
                       "--tasks", "depth,normals", "--groups", "1,1,1,2",
                       main=diverging(train.main))
@@ -403,7 +403,7 @@ def diverging(main):
 @pytest.mark.parametrize("source", ["", "real_"])
 def test_files_in_the_published_layouts_train(dataset, tasks, source, request, tmp_path,
                                               monkeypatch):
-    """From an archive, with the recipe of its dataset: finite results, and the loss falls."""
+    """From an archive and with its dataset's recipe, the loss falls and results are finite."""
     archive = request.getfixturevalue(f"{source}{dataset}_archive")
     monkeypatch.chdir(tmp_path)
     metrics = train.main(["--dataset", dataset, "--data-root", str(archive), "--weights", "none",
@@ -424,7 +424,7 @@ def test_files_in_the_published_layouts_train(dataset, tasks, source, request, t
 
 @pytest.mark.slow
 def test_two_images_can_be_learned_by_heart(real_nyud_archive, tmp_path):
-    """Overfitting two real images: depth rmse under 0.35 m, semseg accuracy over 0.85."""
+    """Two real images can be overfitted to a depth rmse below 0.35 m and an accuracy above 0.85."""
     from nyud_pascal import find_dataset
     folder = find_dataset("nyud", real_nyud_archive)
     images = tmp_path / "NYUD_MT"
@@ -448,7 +448,7 @@ def test_two_images_can_be_learned_by_heart(real_nyud_archive, tmp_path):
 
 # --- several processes ----------------------------------------------------------------------------
 def torchrun(*flags):
-    """train.py in two processes of one thread each; returns what they printed."""
+    """train.py in two processes of one thread each. Returns exit code, stdout and stderr."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                str(ROOT / "train.py"), *map(str, flags)]
     done = subprocess.run(command, capture_output=True, text=True,
@@ -458,8 +458,7 @@ def torchrun(*flags):
 
 @pytest.mark.slow
 def test_two_processes_train_as_two_parts_of_a_batch(tree_file, tmp_path):
-    """One image per process gives the weights of one process with --accumulate 2, and the first
-    process does all the printing and saving; the run can be continued."""
+    """The weights equal those of one process with --accumulate 2, and --resume works."""
     flags = [*SMALL, "--tree", tree_file, "--dropout", "0", "--drop-path", "0", "--no-flip",
              "--batch-size", "2"]
     code, text, error = torchrun(*flags, "--out", tmp_path / "two")
@@ -496,26 +495,26 @@ def test_two_processes_train_as_two_parts_of_a_batch(tree_file, tmp_path):
     (["--backbone", "tiny"], "rooms_mini.pth"),
 ])
 def test_wrong_settings_end_in_one_line(flags, message, tmp_path):
-    """Each names the thing that is wrong, and leaves no folder."""
+    """The error names the wrong setting, and no folder is left."""
     assert message in refused(*flags, "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_that_exists_is_never_used(whole, tmp_path):
-    """Not by a new run, and not by the second of two that start at the same time."""
+    """A new run refuses a folder that exists, even if another run made it a moment ago."""
     out, _ = whole
     before = (out / "last.pt").read_bytes()
-    assert "exists already" in refused("--out", out)
+    assert "already exists" in refused("--out", out)
     assert (out / "last.pt").read_bytes() == before
     train.make_folder(tmp_path / "run")
     with pytest.raises(ValueError, match="cannot create .*run: File exists"):
         train.make_folder(tmp_path / "run")
     (tmp_path / "file").write_text("")
-    assert "exists already" in refused("--out", tmp_path / "file")
+    assert "already exists" in refused("--out", tmp_path / "file")
 
 
 def test_resuming_with_other_settings_is_refused(whole, capsys):
-    """The run keeps the flags it was started with; those of the machine may change."""
+    """A run keeps the flags it was started with, except those about the machine."""
     out, _ = whole
     with pytest.raises(SystemExit):
         train.main(["--out", str(out), "--resume", "--rank", "12"])
@@ -526,7 +525,7 @@ def test_resuming_with_other_settings_is_refused(whole, capsys):
 
 
 def test_resuming_without_what_it_needs_fails_at_once(whole, tmp_path):
-    """best.pt is gone, last.pt is a copy of it, or the log cannot be read."""
+    """A missing best.pt, a last.pt that is a copy of it, and a damaged log are errors."""
     out = tmp_path / "run"
     shutil.copytree(whole[0], out)
     (out / "best.pt").unlink()
@@ -540,7 +539,7 @@ def test_resuming_without_what_it_needs_fails_at_once(whole, tmp_path):
 
 
 def test_checkpoints_that_do_not_fit_are_refused(whole, tmp_path):
-    """Cut off, not ours, made with another backbone, or with a weight missing."""
+    """A checkpoint may be damaged, not ours, for another backbone, or incomplete."""
     good, bad = whole[0] / "best.pt", tmp_path / "bad.pt"
 
     def message(path, *flags):

@@ -103,7 +103,7 @@ def test_a_damaged_file_is_refused(official, tmp_path):
 
 
 def test_weights_that_do_not_exist():
-    """The error says which sources and presets do."""
+    """The error lists the sources and presets that exist."""
     with pytest.raises(ValueError, match="no file none.pth; expected imagenet, torchvision, or"):
         loaded("none.pth")
     for source in ("imagenet", "torchvision"):
@@ -121,7 +121,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def test_imagenet_is_downloaded_once(official, monkeypatch, server, cache):
-    """The second time the file comes from torch's cache; an error gives the address."""
+    """The second time, the file comes from torch's cache; an error gives the address."""
     folder, address = server
     path = save(folder, {"model": official}).rename(folder / "swin_tiny.pth")
     monkeypatch.setattr(weights, "OFFICIAL_URL", address + "/swin_{name}.pth")
@@ -133,7 +133,7 @@ def test_imagenet_is_downloaded_once(official, monkeypatch, server, cache):
 
 
 def test_torchvisions_checksum_is_compared(monkeypatch, server, cache):
-    """It is part of the file's name. A file that does not fit it is not kept."""
+    """The checksum is part of the file's name, and a file that does not match is not kept."""
     folder, address = server
     path = save(folder, TorchvisionSwin([4, 4], window_size=[7, 7], **SMALL).state_dict())
     checksum = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
@@ -154,7 +154,7 @@ def test_torchvisions_checksum_is_compared(monkeypatch, server, cache):
     ("torchvision", "small", "https://download.pytorch.org/models/swin_s-5e29d889.pth"),
     ("torchvision", "base", "https://download.pytorch.org/models/swin_b-68c6b09e.pth")])
 def test_addresses(monkeypatch, source, name, url):
-    """Every preset asks for its own published file."""
+    """Every preset downloads its own published file."""
     asked = []
 
     def fetch(url):

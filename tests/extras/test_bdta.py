@@ -19,7 +19,7 @@ OUTPUTS = {"pascal": (21, 7, 1, 3), "nyud": (40, 1, 3)}
 
 
 def network(**options):
-    """A small network whose gamma and offsets are not those of the start."""
+    """A small network whose gammas and offsets no longer have their initial values."""
     torch.manual_seed(0)
     model = BDTANet(build_swin("mini", embed_dim=16), TASKS, **options)
     for name, p in model.named_parameters():
@@ -36,7 +36,7 @@ def network(**options):
     ("pascal", "tiny", dict(directions=("g2t",)), 2_105_902),
     ("pascal", "tiny", dict(directions=("t2g",)), 2_105_902)])
 def test_parameters_are_the_papers(dataset, name, options, count):
-    """Tables 1, 2, 4 and 5; nothing of the backbone is trained."""
+    """The counts are those of tables 1, 2, 4 and 5, and the backbone is not trained."""
     tasks = [SimpleNamespace(name=str(i), outputs=n) for i, n in enumerate(OUTPUTS[dataset])]
     with torch.device("meta"):
         model = BDTANet(build_swin(name), tasks, **options)
@@ -45,7 +45,7 @@ def test_parameters_are_the_papers(dataset, name, options, count):
 
 
 def test_all_macs_are_near_pytorchs_counter():
-    """PyTorch's counter leaves out the biases."""
+    """Our MACs are at most 3 % above PyTorch's count, which leaves out the biases."""
     from cost import count_macs
     model = network().eval()
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
@@ -58,7 +58,7 @@ def test_all_macs_are_near_pytorchs_counter():
 
 # --- deformable attention -------------------------------------------------------------------------
 def attention(dim=8, heads=4, points=3):
-    """With offsets and weights that depend on the query; some places are outside the map."""
+    """Attention with offsets and weights that depend on the query; some places are off the map."""
     torch.manual_seed(0)
     layer = DeformableAttention(dim, heads, points)
     for linear in (layer.sampling_offsets, layer.attention_weights):
@@ -67,7 +67,7 @@ def attention(dim=8, heads=4, points=3):
 
 
 def bilinear(value, y, x):
-    """value (H, W, c) at a place in pixels, counted from the centre of the first; zero outside."""
+    """value (H, W, c) at a place in pixels from the first pixel's centre; zero outside the map."""
     total = torch.zeros(value.shape[2])
     for row in (math.floor(y), math.floor(y) + 1):
         for column in (math.floor(x), math.floor(x) + 1):
@@ -78,7 +78,7 @@ def bilinear(value, y, x):
 
 @torch.no_grad()
 def test_attention_equals_a_loop_over_queries_heads_and_points():
-    """The value map has another size than the query's."""
+    """A plain loop agrees for a value map of another size than the query's."""
     H, W, h, w = 4, 3, 6, 5
     layer = attention()
     query, value = torch.randn(2, H, W, 8), torch.randn(2, h, w, 8)
@@ -98,7 +98,7 @@ def test_attention_equals_a_loop_over_queries_heads_and_points():
 
 
 def test_attention_starts_as_in_deformable_detr():
-    """Head i looks in direction i, point p at p pixels' distance on a square, evenly weighted."""
+    """Head i looks in direction i, its point p is p pixels away, and all weights are equal."""
     layer = DeformableAttention(8, heads=4)
     rays = torch.tensor([[1., 0], [0, 1], [-1, 0], [0, -1]])
     start = layer.sampling_offsets.bias.view(4, 4, 2)
@@ -137,7 +137,7 @@ def norm(module, x):
 
 @torch.no_grad()
 def test_a_direction_is_equations_4_and_5():
-    """Task by task, from its parts; the inputs are so small that epsilons matter."""
+    """The module equals the equations for each task, on inputs so small that epsilons matter."""
     torch.manual_seed(0)
     module = Direction(8, 2)
     queries, values = torch.randn(2, 3, 4, 5, 8) * 2e-3, torch.randn(2, 3, 4, 5, 8) * 2e-3
@@ -153,7 +153,7 @@ def test_a_direction_is_equations_4_and_5():
 
 @torch.no_grad()
 def test_a_module_is_equations_3_and_8():
-    """T2G adapts the result of G2T; with only one direction, its output is the module's."""
+    """T2G reads the result of G2T; with one direction, the module projects only that result."""
     torch.manual_seed(0)
     module = BDTA(16, 2)
     bypass, main = torch.randn(2 * 3, 4, 5, 16), torch.randn(3, 4, 5, 16)
@@ -169,8 +169,7 @@ def test_a_module_is_equations_3_and_8():
 
 @torch.no_grad()
 def test_gates_are_equation_10():
-    """A softmax over all tasks of the pooled scores, without noise in eval mode; gamma starts at 0.
-    """
+    """In eval mode, gates are the softmax of the pooled scores without noise; gamma starts at 0."""
     torch.manual_seed(0)
     experts = TaskExperts(32, 8, 3, bias=True, mixture=True).eval()
     router, main = experts.router, torch.randn(5, 4, 6, 32)
@@ -196,7 +195,7 @@ def test_gates_are_noisy_in_training():
 
 @torch.no_grad()
 def test_the_network_is_the_papers_in_the_papers_order():
-    """Upsampled first and concatenated (eq. 9), then mixed (eq. 11), then W_t; at odd sizes."""
+    """Upsampling first (eq. 9), then mixing (eq. 11) and W_t gives the same, at odd sizes."""
     model, image, T = network().eval(), torch.randn(2, 3, 72, 101), 3
     main = model.backbone.patch_embed(image)
     bypass, size, mixtures = main.repeat(T, 1, 1, 1), main.shape[1:3], []
@@ -225,7 +224,7 @@ def test_the_network_is_the_papers_in_the_papers_order():
 
 # --- the frozen backbone --------------------------------------------------------------------------
 def test_gradients_pass_the_mergings_and_nothing_else_of_the_backbone():
-    """Here only the experts of the last stage count, and the first stage's module is trained."""
+    """If only the last stage's experts are used, the first stage's bypass still gets gradients."""
     model, seen = network(), []
     for stage in model.backbone.layers:
         for block in stage.blocks:

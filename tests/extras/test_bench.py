@@ -11,7 +11,7 @@ TINY = ["--backbone", "mini", "--size", "64", "--rounds", "1", "--device", "cpu"
 
 
 def test_sides_take_turns_and_the_first_round_is_not_counted():
-    """Two sides in three rounds: a, b, a, b, a, b, of which two rounds are timed."""
+    """In three rounds two sides run as a, b, a, b, a, b, and the last two rounds are timed."""
     calls = []
     args = Namespace(device=torch.device("cpu"), rounds=2)
     seconds = bench.take_turns(args, {"a": lambda: calls.append("a"),
@@ -21,7 +21,7 @@ def test_sides_take_turns_and_the_first_round_is_not_counted():
 
 
 def test_a_row_by_hand():
-    """Median 3 s, quartiles 2 and 4 s; the ratios of the rounds are 1, 1, 3, 2 and 5."""
+    """Side b has a median of 3 s and quartiles of 2 and 4 s; 2 is the median of its ratios."""
     seconds = {"a": [1.0, 2.0, 1.0, 2.0, 1.0], "b": [1.0, 2.0, 3.0, 4.0, 5.0]}
     first, second = bench.make_rows("step", seconds, {"b": 6.0}, {"b": 1.5})
     assert first["ratio"] == 1 and first["gmacs"] is None and first["peak_gib"] is None
@@ -35,7 +35,7 @@ def test_a_row_by_hand():
 @pytest.mark.parametrize("flags, backbone_factor, decoder_factor", [
     ("--method full", 3, 3), ("--groups 1,1,1,1", 2, 2), ("--method decoders", 1, 3)])
 def test_the_work_of_a_step(flags, backbone_factor, decoder_factor):
-    """In forward passes: 3 if all is trained, 2 through frozen weights, 1 without a gradient."""
+    """A step costs 3 forward passes, 2 through frozen weights, and 1 without any gradient."""
     args = Namespace(device=torch.device("cpu"), backbone="mini", size=32, batch=2, amp="off")
     _, gmacs = bench.step_of(args, flags)
     model, _, _ = bench.network(args, flags)
@@ -47,7 +47,7 @@ def test_the_work_of_a_step(flags, backbone_factor, decoder_factor):
 
 @pytest.mark.slow
 def test_every_section_prints_its_rows(capsys):
-    """Tiny networks and all sections."""
+    """Every section runs with tiny networks, and its rows are consistent."""
     rows = {}
     for row in bench.main(TINY):
         rows[row["section"], row["row"]] = row
@@ -68,23 +68,22 @@ def test_every_section_prints_its_rows(capsys):
 
 
 def test_the_rows_of_a_training_step(monkeypatch):
-    """Four networks are added up, and --compile adds a row. The compiler would take minutes here.
-    """
-    compiled = []
+    """The GMACs of four single networks are added up, and --compile adds a row."""
+    compiled = []                       # real compilation would take minutes
     monkeypatch.setattr(torch.nn.Module, "compile", lambda model, **how: compiled.append(model))
     monkeypatch.setattr(bench, "TRAINED", {"decoders": "--method decoders"})
     args = Namespace(device=torch.device("cpu"), backbone="mini", size=32, batch=1, amp="off",
                      rounds=1, compile=True)
     rows = {row["row"]: row for row in bench.step(args)}
-    assert list(rows) == ["decoders", "a LoRA network per task", "1,2,3,4, compiled"]
+    assert list(rows) == ["decoders", "one LoRA network per task", "1,2,3,4, compiled"]
     assert len(compiled) == 1
     four = [bench.step_of(args, f"--tasks {task} --rank 16")[1]
             for task in ("semseg", "human_parts", "sal", "normals")]
-    assert rows["a LoRA network per task"]["gmacs"] == pytest.approx(sum(four))
+    assert rows["one LoRA network per task"]["gmacs"] == pytest.approx(sum(four))
 
 
 def test_the_data_section(nyud_archive, monkeypatch):
-    """With 8 s for each side: 2 s for each of four images, and half of a step is spent waiting."""
+    """If every side takes 8 s, each of four images takes 2 s, and a step waits half of the time."""
     def take_turns(args, sides):
         for side in sides.values():
             side()

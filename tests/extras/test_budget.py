@@ -22,12 +22,12 @@ def candidates():
     ("pascal", 50, (1, 2, 3, 4)), ("pascal", 41.4, (1, 2, 2, 4)), ("pascal", 38.4, (1, 1, 2, 4)),
     ("pascal", 1e9, (1, 2, 3, 4)), ("nyud", 34.7, (1, 1, 2, 3)), ("nyud", 30, (1, 1, 1, 3))])
 def test_the_papers_budgets_give_the_papers_groups(candidates, dataset, gmacs, groups):
-    """Table 3 and section 9."""
+    """The budgets and the groups are those of table 3 and section 9."""
     assert choose(candidates[dataset], gmacs).groups == groups
 
 
 def test_each_candidate_costs_as_much_as_its_network(candidates):
-    """The whole frontier from one network agrees with a network for each; expensive ones first."""
+    """The frontier has the costs of separate networks, and the most expensive one comes first."""
     assert [c.groups for c in candidates["pascal"]] == [
         (1, 2, 3, 4), (1, 2, 2, 4), (1, 1, 2, 4), (1, 1, 2, 3), (1, 1, 1, 3), (1, 1, 1, 2),
         (1, 1, 1, 1)]
@@ -42,7 +42,7 @@ def test_each_candidate_costs_as_much_as_its_network(candidates):
 @pytest.mark.parametrize("flags", ["--tasks depth,sal,edge,normals,human_parts",
                                    "--tasks depth --backbone pvt_v2_b0 --weights none"])
 def test_any_tasks_and_backbone_have_a_frontier(flags):
-    """From the paper's groups to all shared, and each one has a tree and is its own budget."""
+    """A frontier goes from the paper's groups to 1,1,1,1, and each candidate fits its own cost."""
     config = parse_arguments(flags.split())
     before = config.groups
     candidates = frontier(config)
@@ -59,13 +59,13 @@ def test_any_tasks_and_backbone_have_a_frontier(flags):
     (0, "finite positive number"), (math.inf, "finite positive number"),
     (21.4, "--budget-gmacs 21.4: .* needs 21.45")])
 def test_impossible_budgets_are_refused(candidates, budget, message):
-    """A budget is a positive number, and at least what one group in each stage costs."""
+    """A budget must be finite, positive, and at least the cost of one group in each stage."""
     with pytest.raises(ValueError, match=message):
         choose(candidates["pascal"], budget)
 
 
 def test_the_command_prints_the_frontier_and_how_to_train(capsys):
-    """The chosen line is marked; flags of train.py are passed on; other choices are refused."""
+    """The command marks the choice and passes flags on; flags that choose groups are refused."""
     main(["--budget-gmacs", "30", "--dataset", "nyud", "--rank", "60"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split() for line in lines[:3]] == [
@@ -79,7 +79,7 @@ def test_the_command_prints_the_frontier_and_how_to_train(capsys):
 
 # --- many tasks -----------------------------------------------------------------------------------
 def test_a_neighbour_is_the_best_of_all_moves_and_swaps():
-    """Its gain is the difference in score, and trying all of them finds no larger one."""
+    """The gain is the difference in score, and no other move or swap has a larger one."""
     rng = np.random.default_rng(1)
     for _ in range(20):
         sim = rng.normal(size=(7, 7))
@@ -105,7 +105,7 @@ def test_a_neighbour_is_the_best_of_all_moves_and_swaps():
 
 
 def test_the_local_search_nearly_always_finds_the_optimum():
-    """100 random matrices of seven tasks: at most one differs, by less than 1 % of the score."""
+    """On 100 random matrices of seven tasks, at most one result is worse, and by at most 1 %."""
     rng = np.random.default_rng(0)
     worse = 0
     for i in range(100):
@@ -122,7 +122,7 @@ def test_the_local_search_nearly_always_finds_the_optimum():
 
 
 def test_many_tasks_get_a_tree():
-    """60 tasks in 8 clusters: the clusters are recovered, the same in every call."""
+    """For 60 tasks in 8 clusters, the clusters are recovered in every call."""
     rng = np.random.default_rng(2)
     cluster = rng.permutation(np.arange(60) % 8)
     same = cluster[:, None] == cluster
@@ -136,7 +136,7 @@ def test_many_tasks_get_a_tree():
 
 
 def test_the_local_search_ends_where_nothing_improves():
-    """And at the same place in every call, also where many partitions are nearly as good."""
+    """The search ends at the same partition in every call, though many are nearly as good."""
     sim = np.random.default_rng(3).normal(size=(40, 40))
     partition = near_best_partition(sim, 6)
     assert partition == near_best_partition(sim, 6)
@@ -149,7 +149,7 @@ def test_the_local_search_ends_where_nothing_improves():
 
 
 def test_bad_input_is_refused():
-    """As by the exact search."""
+    """The errors are those of the exact search."""
     with pytest.raises(ValueError, match="cannot split 3 tasks into 4 groups"):
         near_best_partition(np.zeros((3, 3)), 4)
     with pytest.raises(ValueError, match="expected a finite number"):

@@ -25,7 +25,7 @@ def run_check(capsys, folder, dataset="nyud"):
 
 
 def test_a_generated_dataset_is_usable(nyud_folder, capsys):
-    """Its numbers are those of the files, computed here in another way."""
+    """The printed numbers are those of the files, computed here in another way."""
     text, error = run_check(capsys, nyud_folder)
     lines = text.splitlines()
     assert error == 0 and lines[-1] == f"{nyud_folder} is usable"
@@ -36,7 +36,7 @@ def test_a_generated_dataset_is_usable(nyud_folder, capsys):
     assert (f"  depth        valid {len(valid) / len(depth):6.1%}   {valid.min():.2f} to "
             f"{valid.max():.2f} m, mean {valid.mean():.2f}") in lines
     assert f"  normals      valid {len(valid) / len(depth):6.1%}   mean (x right" in text
-    assert lines.count(f"{'':<15}no valid pixel in 1 images: 834") == 2     # depth and normals
+    assert lines.count(f"{'':<15}images without a valid pixel: 1 (834)") == 2   # depth, normals
     stored = np.concatenate([np.array(Image.open(nyud_folder / f"segmentation/{id}.png")).ravel()
                              for id in ("464", "972")])
     semseg = next(line for line in lines[lines.index("val: 2 of 2 images readable, 47x62 to 48x64")
@@ -48,14 +48,14 @@ def test_a_generated_dataset_is_usable(nyud_folder, capsys):
 
 
 def test_pascal_is_usable_too(pascal_folder, capsys):
-    """Images without a person are listed, and are no fault."""
+    """Images without a person are listed, but they are not a fault."""
     text, error = run_check(capsys, pascal_folder, "pascal")
     assert error == 0
-    assert "no valid pixel in 2 images: 2008_000009, 2008_000019" in text
+    assert "images without a valid pixel: 2 (2008_000009, 2008_000019)" in text
 
 
 def test_real_datasets_are_usable(real_nyud_archive, real_pascal_archive, capsys):
-    """Metres, class shares and normals that point to the camera."""
+    """Depths are in metres, and class shares are those of the files."""
     text, error = run_check(capsys, find_dataset("nyud", real_nyud_archive))
     assert error == 0 and "train: 4 of 4 images readable, 425x560 to 480x640" in text
     assert "depth        valid  58.1%   1.39 to 9.48 m, mean 3.75" in text
@@ -78,23 +78,23 @@ def test_every_fault_is_listed(nyud_folder, capsys):
     faults = text.splitlines()[-9:]
     expected = [
         "segmentation/1407.png holds class 41, expected 0 (void) to 40",
-        "depth/1407.npy has shape (10, 56, 1), expected (42, 56, 1) as its image has",
+        "depth/1407.npy has shape (10, 56, 1), expected (42, 56, 1), as its image has",
         "no file normals/1407.npy or normals/1407.png in",
         "images/basement_0000.jpg is damaged, or is not an image",
         "depth/464.npy has a median depth of ",
         "normals/464.npy has normals of median length 0.50, expected 1",
         "nyud val: depth has no valid pixel in any image",
         "nyud val: normals has no valid pixel in any image",
-        "nyud: 1 images are in both train and val: 834"]
+        "nyud: images that are in both train and val: 1 (834)"]
     for fault, message in zip(faults, expected, strict=True):
         assert message in fault
-    assert error == f"{folder} is not usable: it has 9 faults, listed above"
+    assert error == f"{folder} is not usable; number of faults listed above: 9"
     assert "train: 3 of 4 images readable" in text
 
 
 @pytest.mark.slow
 def test_the_file_that_crashes_its_reader_is_shown(pascal_folder):
-    """A reader that takes Python with it cannot be caught, but the file's name is shown before."""
+    """A crash of Python cannot be caught, but the last line on stderr names the file."""
     script = ("import os, nyud_pascal\n"
               "nyud_pascal.read_mat = lambda *_: os.abort()\n"
               "from extras import check\n"

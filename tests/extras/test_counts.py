@@ -15,7 +15,7 @@ from conftest import costs
     ("--dataset pascal --method bdta", 2_358_460, None),
     ("--dataset pascal --backbone pvt_v2_b0 --method full", 3_409_760 + 1_462_784, None)])
 def test_trained_parameters_and_macs(flags, trainable, gmacs):
-    """Through the command line and model.build; MACs of linear and convolution layers."""
+    """These flags give the papers' counts; GMACs are of linear and convolution layers."""
     count = costs(*flags.split())
     assert count["trainable"] == trainable
     if gmacs is not None:

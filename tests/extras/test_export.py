@@ -24,7 +24,7 @@ def trained(folder: Path, *flags: str) -> Path:
 
 @pytest.mark.slow
 def test_a_merged_network_runs_without_this_repository(tmp_path, capsys):
-    """A process elsewhere loads the graph and predicts batches of any size, as the run did."""
+    """In another folder, the graph predicts batches of any size as the network of the run does."""
     checkpoint = trained(tmp_path / "run", "--groups", "1,1,1,3")
     path = tmp_path / "merged.pt2"
     export.main(["--checkpoint", str(checkpoint), "--merge", str(path)])
@@ -50,7 +50,7 @@ def test_a_merged_network_runs_without_this_repository(tmp_path, capsys):
 
 
 class Doubling(torch.nn.Module):
-    """Predicts twice its input, or whatever `factor` says."""
+    """Predicts `factor` times its input."""
 
     factor = 2.0
 
@@ -72,14 +72,14 @@ def test_a_wrong_merge_is_noticed_and_leaves_no_file(tmp_path, monkeypatch, fact
 
 
 def test_the_difference_is_the_worst_task_relative_to_its_largest_value():
-    """0.5 of 10 is 5 %, 0.2 of 2 is 10 %."""
+    """An error of 0.5 in 10 is 5 %, and one of 0.2 in 2 is 10 %, which is the worst."""
     expected = {"a": torch.tensor([10.0, -1.0]), "b": torch.tensor([1.0, -2.0])}
     predictions = {"a": torch.tensor([10.0, -0.5]), "b": torch.tensor([1.2, -2.0])}
     assert export.largest_difference(predictions, expected) == pytest.approx(0.1)
 
 
 def test_a_backbone_is_exported_under_the_names_that_weights_reads(tmp_path):
-    """--method full trains it, and load_weights reads the file completely; its values are fp16."""
+    """load_weights reads the exported backbone of a --method full run, up to fp16's rounding."""
     checkpoint = trained(tmp_path / "full", "--method", "full")
     path = tmp_path / "backbone.pth"
     export.main(["--checkpoint", str(checkpoint), "--export-backbone", str(path)])
@@ -91,7 +91,7 @@ def test_a_backbone_is_exported_under_the_names_that_weights_reads(tmp_path):
 
 
 def test_a_frozen_backbone_is_not_exported(tmp_path):
-    """Its weights are those that the run started from."""
+    """A frozen backbone still has the weights that the run started from, so this is an error."""
     with pytest.raises(ValueError, match="--method tglora, which keeps the backbone frozen"):
         export.export_backbone(None, "tglora", tmp_path / "backbone.pth")
     assert not list(tmp_path.iterdir())
@@ -99,7 +99,7 @@ def test_a_frozen_backbone_is_not_exported(tmp_path):
 
 @pytest.mark.parametrize("write", [export.export_merged, export.export_backbone])
 def test_no_file_is_overwritten(tmp_path, write):
-    """The file that is there keeps its content."""
+    """Exporting to a file that exists is an error, and the file keeps its content."""
     path = tmp_path / "file"
     path.write_text("precious")
     with pytest.raises(ValueError, match="file exists already; choose another name"):

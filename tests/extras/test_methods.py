@@ -1,4 +1,4 @@
-"""Every --method and another --backbone in whole runs of train.py and eval.py."""
+"""Whole runs of train.py and eval.py with every --method and with another --backbone."""
 
 import json
 
@@ -14,7 +14,7 @@ SMALL = ["--tasks", "semseg,depth,normals", "--train-rooms", "4", "--val-rooms",
 
 
 def assert_resumes_and_evaluates(flags, out, monkeypatch, capsys):
-    """A run stopped after its first epoch ends as one that was not, and eval.py repeats it."""
+    """A run stopped after its first epoch ends like one that was not, and eval.py agrees."""
     metrics = train.main([*SMALL, *flags, "--out", str(out / "whole")])
     save, saved = train.save, []
 
@@ -43,7 +43,7 @@ def assert_resumes_and_evaluates(flags, out, monkeypatch, capsys):
     "mtlora", "bdta", *(pytest.param(method, marks=pytest.mark.slow)
                         for method in ("mtlora+", "full", "decoders"))])
 def test_every_method_trains_resumes_and_evaluates(method, tmp_path, monkeypatch, capsys):
-    """Two steps each, on rooms of 32x32; only the decoders of --method decoders are trained."""
+    """Each method runs two steps and trains adapters, decoders and others as it should."""
     metrics = assert_resumes_and_evaluates(["--method", method], tmp_path, monkeypatch, capsys)
     assert (metrics["others"] > 0) == (method in ("mtlora", "mtlora+", "full"))
     assert (metrics["adapters"] > 0) == (method in ("mtlora", "mtlora+", "bdta"))
@@ -52,7 +52,7 @@ def test_every_method_trains_resumes_and_evaluates(method, tmp_path, monkeypatch
 
 @pytest.mark.slow
 def test_another_backbone_trains_resumes_and_evaluates(tmp_path, monkeypatch, capsys):
-    """TGLoRA on PVT v2 b0, with its similarity measured on it."""
+    """TGLoRA runs on PVT v2 b0, and the similarity is measured on that backbone."""
     flags = ["--backbone", "pvt_v2_b0", "--weights", "none", "--sim-images", "2", "--head-epochs",
              "1", "--rank", "6"]
     metrics = assert_resumes_and_evaluates(flags, tmp_path, monkeypatch, capsys)

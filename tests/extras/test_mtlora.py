@@ -1,4 +1,4 @@
-"""extras/mtlora.py: eq. 2, and the maps of the published code. test_counts.py has the counts."""
+"""extras/mtlora.py: eq. 2 and the maps of the published code. test_counts.py checks the counts."""
 
 import os
 from pathlib import Path
@@ -37,7 +37,7 @@ def task_maps(model, image):
 
 # --- cost and maps of the published code ----------------------------------------------------------
 def test_macs_of_a_layer_equal_pytorchs_counter():
-    """PyTorch counts two operations per multiply-accumulate and leaves out the bias."""
+    """PyTorch counts two operations per multiply-accumulate, and leaves out the bias."""
     layer = SharedProductLinear(nn.Linear(16, 24), ranks=(6, 4, 4, 4))
     with FlopCounterMode(display=False) as counter:
         layer(torch.randn(4 * 2, 7, 16))
@@ -46,9 +46,8 @@ def test_macs_of_a_layer_equal_pytorchs_counter():
 
 
 def test_maps_are_those_of_the_published_code():
-    """From the same weights, in float64. What is left is the published float32's rounding, which
-    these random weights enlarge from stage to stage."""
-    path = Path(os.environ.get("TGLORA_DATA", "../shared/data"), "mtlora_published.pt")
+    """The same weights give the same maps, up to the rounding of the published float32."""
+    path = Path(os.environ.get("TGLORA_DATA", ""), "mtlora_published.pt")
     if not path.is_file():
         pytest.skip("TGLORA_DATA names no folder with mtlora_published.pt, maps of MTLoRA's code")
     published = torch.load(path, weights_only=True)
@@ -68,9 +67,10 @@ def test_maps_are_those_of_the_published_code():
     x = model.patch_embed(published["input"].double())
     for i, (stage, maps) in enumerate(zip(model.layers, published["maps"], strict=True)):
         x, *own = stage(x).split(1)
-        for name, found in zip(names, own):
+        for name, ours in zip(names, own):
             expected = maps[name].double()
-            error = (found.flatten(0, -2)[::7] - expected).abs().max() / expected.abs().max()
+            error = (ours.flatten(0, -2)[::7] - expected).abs().max() / expected.abs().max()
+            # These random weights enlarge rounding errors from stage to stage.
             assert error < (1e-5, 1e-5, 1e-4, 2e-3)[i], (i, name)
 
 
@@ -81,7 +81,7 @@ def low_rank(layer, x, g):
 
 
 def test_a_stage_is_plain_lora_up_to_its_last_projection():
-    """Then every group is W x_0 + b of the shared input plus gamma B_g A_g x_g of its own."""
+    """From `proj` on, each group adds gamma B_g A_g x_g to the shared product W x_0 + b."""
     stage, x = backbone().layers[0], torch.randn(2, 14, 14, 16)
     outputs, last = stage(x).chunk(4), stage.blocks[1]
     plain = build_swin("mini", embed_dim=16).eval().layers[0].blocks[1]
@@ -115,7 +115,7 @@ def test_merging_changes_no_map(variant):
 
 
 def test_dropout_is_the_published_codes():
-    """Where the groups begin they share one mask; later, inputs of tasks are not dropped."""
+    """All groups share one mask where they begin; later, the inputs of tasks are not dropped."""
     last = backbone(task_rank=6).layers[1].blocks[1].train()
     for layer in (last.attn.proj, last.mlp.fc1):
         layer.dropout = 0.5
@@ -141,7 +141,7 @@ def test_drop_path_of_the_branching_block():
 
 @pytest.mark.parametrize("options, dropout", [({}, 0.05), (dict(dropout=0.2, plus=True), 0.2)])
 def test_dropout_reaches_every_adapter(options, dropout):
-    """Its default is 0.05, and every kind of layer gets it."""
+    """The default rate is 0.05, and every kind of adapted layer gets the rate."""
     model = build_swin("mini", embed_dim=16)
     adapt(model, model.ADAPTED["attn+mlp"], T, 6, **options)
     layers = [module for module in model.modules() if isinstance(module, TGLoRALinear)]
@@ -151,7 +151,7 @@ def test_dropout_reaches_every_adapter(options, dropout):
 
 # --- training -------------------------------------------------------------------------------------
 def test_a_task_trains_its_own_and_the_shared_adapters():
-    """Group 0 reaches every task, through the frozen products and through the next stages."""
+    """A task's loss reaches the shared adapters and its own, but not those of other tasks."""
     model = backbone()
     maps = task_maps(model, torch.randn(1, 3, 64, 64))[1]
     sum(m.square().mean() for m in maps).backward()
@@ -162,7 +162,7 @@ def test_a_task_trains_its_own_and_the_shared_adapters():
 
 
 def test_a_layer_without_adapters_shares_its_product():
-    """Every group gets W x_0 + b there, and nothing of the layer is trained."""
+    """Every group gets W x_0 + b from such a layer, and nothing in the layer is trained."""
     model = backbone(without=["mlp.fc1"], frozen=["norm1"])
     fc1, x = model.layers[0].blocks[1].mlp.fc1, torch.randn(8, 5, 16)
     for y in fc1(x).chunk(4):
@@ -173,8 +173,8 @@ def test_a_layer_without_adapters_shares_its_product():
 
 
 def test_names_that_do_not_occur_are_refused():
-    """An ablation with a typing error would otherwise leave nothing out."""
-    with pytest.raises(ValueError, match="without 'mlp.fc3': expected some of attn.qkv, attn.proj"):
+    """A misspelt name in an ablation would otherwise go unnoticed."""
+    with pytest.raises(ValueError, match="without 'mlp.fc3': expected one of attn.qkv, attn.proj"):
         backbone(without=["mlp.fc3"])
     with pytest.raises(ValueError, match="frozen 'norm3': no weight of the backbone"):
         backbone(frozen=["norm3"])

@@ -19,7 +19,7 @@ DEPTHS, HEADS, RATIOS = (2, 2, 2, 2), (1, 2, 5, 8), (8, 4, 2, 1)
 
 
 def small_pvt():
-    """Weights large enough that a mistake shows, and norms whose epsilon counts."""
+    """A small PVT with weights so large that a mistake shows, and norms whose epsilon matters."""
     torch.manual_seed(0)
     model = build_pvt("b0", **SMALL).eval()
     for name, p in model.named_parameters():
@@ -67,9 +67,9 @@ def attention(p, name, x, heads, ratio):
     q = linear(p, name + "q", x).flatten(1, 2)
     k, v = linear(p, name + "kv", z).flatten(1, 2).chunk(2, -1)
     out = []
-    for q, k, v in zip(q.chunk(heads, -1), k.chunk(heads, -1), v.chunk(heads, -1)):
-        weights = torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, -1)
-        out.append(weights @ v)
+    for q1, k1, v1 in zip(q.chunk(heads, -1), k.chunk(heads, -1), v.chunk(heads, -1)):
+        weights = torch.softmax(q1 @ k1.mT / q1.shape[-1] ** 0.5, -1)
+        out.append(weights @ v1)
     return linear(p, name + "proj", torch.cat(out, -1)).view_as(x)
 
 
@@ -97,7 +97,7 @@ def published_maps(p, image):
 
 @torch.no_grad()
 def test_maps_equal_the_published_equations():
-    """In float64 to nine digits, for odd maps."""
+    """The maps agree to nine digits in float64, at odd sizes."""
     model = small_pvt().double()
     image = torch.randn(2, 3, 45, 77).double()
     p = official_layout(model.state_dict())
@@ -129,7 +129,7 @@ def test_parameters_and_macs(name):
 
 
 def test_strides_are_rounded_up():
-    """They are 8, 16, 32 and 32; an unknown preset is refused."""
+    """The strides are 8, 16, 32 and 32, and an unknown preset is refused."""
     maps = small_pvt()(torch.zeros(2, 3, 129, 161))
     assert [m.shape[1:] for m in maps] == [(17, 21, 16), (9, 11, 40), (5, 6, 64), (5, 6, 64)]
     assert small_pvt().channels == [16, 40, 64, 64]
@@ -138,7 +138,7 @@ def test_strides_are_rounded_up():
 
 
 def test_all_macs_equal_pytorchs_counter():
-    """Without biases, which PyTorch's counter leaves out; at odd sizes."""
+    """The counts are equal at odd sizes, without biases, which PyTorch's counter leaves out."""
     from cost import count_macs
     model = small_pvt().requires_grad_(False)
     for module in model.modules():
@@ -150,7 +150,7 @@ def test_all_macs_equal_pytorchs_counter():
 
 
 def test_random_start():
-    """Linear layers by 0.02; convolutions by the outputs that read a weight; as published."""
+    """Linear layers start with a deviation of 0.02, and convolutions with one set by fan-out."""
     torch.manual_seed(0)
     block = build_pvt("b0").layers[1].blocks[0]
     for weight, std in ((block.mlp.fc1.weight, 0.02), (block.attn.sr.weight, (2 / 1024) ** 0.5),
@@ -160,7 +160,7 @@ def test_random_start():
 
 
 def test_drop_path_grows_with_depth():
-    """From 0 to the given rate, in equal steps."""
+    """The rates go from 0 to the given one in equal steps; a dropped block is the identity."""
     model = build_pvt("b0", drop_path=0.7, **SMALL)
     rates = [block.drop_path.p for stage in model.layers for block in stage.blocks]
     assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7])
@@ -172,7 +172,7 @@ def test_drop_path_grows_with_depth():
 # --- weights --------------------------------------------------------------------------------------
 @pytest.mark.parametrize("layout", ["timm", "ours"])
 def test_other_layouts_load_to_the_same_model(tmp_path, layout):
-    """Timm's, and the one that extras/export.py writes."""
+    """timm's files and those of extras/export.py give the same weights."""
     state = small_pvt().state_dict()
     renamed = dict(state)
     if layout == "timm":                # its stages begin with their patch embedding
@@ -211,9 +211,9 @@ def test_published_files(tmp_path, monkeypatch):
 
 # --- methods on this backbone ---------------------------------------------------------------------
 def test_others_and_adapted_layers():
-    """Others: patch embeddings, norms and depth-wise convolutions. Reductions stay frozen."""
+    """Others are patch embeddings, norms and depth-wise convolutions; reductions stay frozen."""
     model, adapted = small_pvt(), set()
-    for name, p in model.named_parameters():
+    for name, _ in model.named_parameters():
         layer = name.rpartition(".")[0]
         is_other = any(part in name for part in model.OTHERS)
         is_adapted = layer.endswith(model.ADAPTED["attn+mlp"])
@@ -227,7 +227,7 @@ def test_others_and_adapted_layers():
 
 @torch.no_grad()
 def test_mtlora_starts_as_the_frozen_backbone():
-    """Every group passes the norm of its stage and the patches of the next one."""
+    """With adapters that start at zero, every task gets the frozen backbone's maps."""
     model, plain, image = small_pvt(), small_pvt(), torch.randn(2, 3, 64, 96)
     mtlora.adapt(model, model.ADAPTED["attn+mlp"], 2, rank=3)
     parents, group_of = mtlora.routing(4, 2)
@@ -237,8 +237,8 @@ def test_mtlora_starts_as_the_frozen_backbone():
             torch.testing.assert_close(m[group], expected, rtol=1e-3, atol=1e-4)
 
 
-def test_bdta_runs_next_to_it():
-    """Its bypass passes the same norms and patches; all weights but the backbone's are trained."""
+def test_bdta_runs_on_this_backbone():
+    """BDTA predicts on this backbone, and all weights but the backbone's get gradients."""
     tasks = [SimpleNamespace(name="a", outputs=4), SimpleNamespace(name="b", outputs=1)]
     model = bdta.BDTANet(build_pvt("b0"), tasks)
     predictions = model(torch.randn(2, 3, 64, 93))

@@ -1,4 +1,4 @@
-"""docs/RESULTS.md and the pages' commands, as far as they need extras/."""
+"""The parts of docs/RESULTS.md, and the commands on all pages, that need extras/."""
 
 import argparse
 import importlib
@@ -17,7 +17,7 @@ from swin import build_swin
 @pytest.mark.slow
 @pytest.mark.parametrize("dataset", TASKS)
 def test_rows_of_mtlora_and_bdta_cost_what_their_flags_give(dataset):
-    """Trained parameters and GMACs of the paper's rows for methods in extras/."""
+    """Trained parameters and GMACs agree in the paper's rows for methods in extras/."""
     rows = [row for row in paper_rows(dataset) if re.search("mtlora|bdta", row[1])]
     assert len(rows) == {"pascal": 7, "nyud": 1}[dataset]
     for row in rows:
@@ -34,7 +34,7 @@ ABLATIONS = (8_344_634, 6_816_314, 6_816_314, 7_733_306, 7_214_138, 8_339_930, 8
 
 
 def test_mtloras_ablations_train_what_their_arguments_give():
-    """Its tables 2 and 3 on PASCAL, whose decoders have 1,946,624 parameters."""
+    """Tables 2 and 3 of MTLoRA's paper agree on PASCAL, with decoders of 1,946,624 parameters."""
     rows = re.findall(rf"^\| [^|]+ \| (?:`(\w+)=(.+)`)? ?\| {NUMBER} \| [-+\d.]+, {NUMBER} \|$",
                       section("The ablations of MTLoRA"), re.M)
     for exact, (name, value, trained, papers) in zip(ABLATIONS, rows, strict=True):
@@ -50,7 +50,7 @@ def test_mtloras_ablations_train_what_their_arguments_give():
 
 @pytest.mark.slow
 def test_rows_of_bdtas_paper_train_what_their_flags_give():
-    """Its tables 1 and 2, without the rows in which the paper has other counts."""
+    """Tables 1 and 2 of BDTA's paper agree, except for full fine-tuning and decoders only."""
     rows = re.findall(rf"`(--method [^`]*)` \| {NUMBER} \| [^|]* \| {NUMBER} \|$",
                       section("The rows of BDTA + MoTE"), re.M)
     assert len(rows) == 11
@@ -63,7 +63,7 @@ def test_rows_of_bdtas_paper_train_what_their_flags_give():
 
 @pytest.mark.slow
 def test_other_backbones_cost_what_their_flags_give():
-    """Their parameters, and trained parameters and GMACs of five methods on both datasets."""
+    """All parameters, and trained parameters and GMACs of five methods, agree on both datasets."""
     methods = ("--method decoders", "--groups 1,1,1,1", "", "--layers attn+mlp+others",
                "--method mtlora --rank 64")
     table = section("Other backbones")
@@ -80,7 +80,7 @@ def test_other_backbones_cost_what_their_flags_give():
 
 
 def test_commands_of_the_extras_have_real_flags(monkeypatch):
-    """Each parses; a program that passes on its other flags gets those of train.py."""
+    """Each command parses, and flags that a program passes on are flags of train.py."""
     parse, rest = argparse.ArgumentParser.parse_known_args, []
 
     def remember(*args, **kwargs):
@@ -91,9 +91,9 @@ def test_commands_of_the_extras_have_real_flags(monkeypatch):
         raise KeyboardInterrupt         # every program calls this after parsing
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", remember)
-    found = commands(r"extras\.\w+")
-    assert len({program for program, _ in found}) >= 4
-    for program, flags in found:
+    runs = commands(r"extras\.\w+")
+    assert len({program for program, _ in runs}) >= 4
+    for program, flags in runs:
         module = importlib.import_module(program)
         monkeypatch.setattr(module, "one_line_errors", stop)
         with pytest.raises(KeyboardInterrupt):
