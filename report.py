@@ -75,17 +75,15 @@ def legend(task) -> list[tuple[str, Tensor]]:
     return entries
 
 
-def place_legends(tasks: Sequence, font: ImageFont.FreeTypeFont, line: int, left: int,
+def place_legends(entries: dict[str, list], font: ImageFont.FreeTypeFont, line: int, left: int,
                   right: int) -> list[tuple[float, int, str, Tensor | None]]:
     """Lay out all legends: (x, line number, text, colour of the square in front of the text).
 
-    They fill the width from left to right, and `line` is the height of a line in pixels. Each
-    task's name, which has no square, is followed by its captions. They wrap in a column next to it.
+    entries: {name: [(caption, colour)]}. They fill the width from left to right, and `line` is the
+    height of a line in pixels. A name has no square, and its captions wrap in a column next to it.
     """
     words, number = [], 0
-    indent = left + line + max(font.getlength(f"{task.name}:") for task in tasks)
-    entries = {f"{task.name}:": legend(task) for task in tasks}
-    entries["black:"] = [("no ground truth", torch.zeros(3))]
+    indent = left + line + max(font.getlength(name) for name in entries)
     for name, captions in entries.items():
         if not captions:
             continue
@@ -118,8 +116,12 @@ def draw_grid(path: Path, titles: Sequence[str],
     column = gap + max(width, *(round(font.getlength(title)) for title in titles))
     right = left + column * len(titles)
     legend_top = gap + line + (height + gap) * len(rows)
-    words = place_legends(tasks, font, line, gap, right)
-    bottom = legend_top + line * (words[-1][1] + 1) + gap
+    entries = {f"{task.name}:": legend(task) for task in tasks}
+    if "ground truth" in dict(rows):
+        entries["black:"] = [("no ground truth", torch.zeros(3))]
+    words = place_legends(entries, font, line, gap, right)
+    legend_lines = max((number + 1 for _, number, _, _ in words), default=0)
+    bottom = legend_top + line * legend_lines + gap
 
     picture = Image.new("RGB", (right, bottom), "white")
     pen = ImageDraw.Draw(picture)
@@ -259,8 +261,9 @@ def draw_plot(pen: ImageDraw.ImageDraw, x: int, y: int, title: str,
     if len(curve) < 30:
         for px, py in curve:
             pen.ellipse((px - 2, py - 2, px + 2, py + 2), fill="royalblue")
-    pen.text((left - 6, top), f"{high:.3g}", "dimgray", font, anchor="rm")
-    pen.text((left - 6, bottom), f"{low:.3g}", "dimgray", font, anchor="rm")
+    for value in {min(values), max(values)}:
+        y = bottom - PLOT[1] * (value - low) / (high - low)
+        pen.text((left - 6, y), f"{value:.3g}", "dimgray", font, anchor="rm")
     pen.text((left, bottom + 6), "0", "dimgray", font, anchor="ma")
     pen.text(((left + right) / 2, bottom + 6), "step", "dimgray", font, anchor="ma")
     pen.text((right, bottom + 6), f"{last_step}", "dimgray", font, anchor="ma")
