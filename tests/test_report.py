@@ -32,7 +32,7 @@ def predict_nothing(tasks):
     return lambda image: {task.name: torch.zeros(1, task.outputs, 4, 4) for task in tasks}
 
 
-def test_curves_show_losses_and_metrics(tmp_path):
+def test_curves_show_losses_and_metrics(tmp_path, texts):
     """Each task has a column with its loss above its metric; NaN and null are left out."""
     lines = [{"step": s, "lr": 1, "loss": {"depth": 4.0 - s, "sal": 1.0}} for s in (1, 2, 3)]
     lines[0]["loss"]["sal"] = None
@@ -41,6 +41,8 @@ def test_curves_show_losses_and_metrics(tmp_path):
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
     draw_curves(tmp_path / "curves.png", tmp_path / "log.jsonl", make_tasks(["depth", "sal"], 6))
     picture = np.array(Image.open(tmp_path / "curves.png")).astype(int)
+    strings = [string for string, _ in texts]
+    assert {"3", "1", "0.7", "0.9", "0.5"} <= set(strings) and "1.5" not in strings
     width, height = PLOT
     assert picture.shape == (2 * (height + 2 * MARGIN), 2 * (width + 2 * MARGIN), 3)
     blue = (picture[..., 2] - picture[..., 0]) > 100
@@ -77,6 +79,7 @@ def test_the_tree_is_drawn_with_its_similarities(known, suffix, tmp_path, texts)
     (tmp_path / "tree.json").write_text(json.dumps({
         "tasks": tasks, "similarity": sim.tolist() if known else None,
         "standard_error": error.tolist(),
+        "choices": [None, {"decided": False}, {"decided": True}, None],
         "tree": [[tasks], halves, halves, [[name] for name in tasks]]}))
     draw_tree(tmp_path / "tree.png", tmp_path / "tree.json")
     picture = Image.open(tmp_path / "tree.png").convert("RGB")
@@ -88,6 +91,8 @@ def test_the_tree_is_drawn_with_its_similarities(known, suffix, tmp_path, texts)
     strings = [string for string, _ in texts]
     assert [strings.count(name) for name in tasks] == [6 if known else 4] * 5
     place = {string: box[0] for string, box in texts}
+    top = {string: box[1] for string, box in texts}
+    assert top["stage 2"] < top["not decided"] < top["stage 3"] < top["decided"] < top["stage 4"]
     order = sorted(tasks, key=place.get)
     assert set(order[:3]) == set(halves[0]) or set(order[:2]) == set(halves[1])
     numbers = {string: picture.getpixel((box[0] - 2, box[1] - 2)) for string, box in texts

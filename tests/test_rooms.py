@@ -68,6 +68,7 @@ def test_every_room_shows_a_person(rooms):
         shares.append(person.float().mean().item())
         parts.append(len(room["human_parts"].unique()) - 1)
         distances.append(room["depth"][0][person].mean().item())
+    assert sum(shares) == pytest.approx(2.6567, abs=0.002)     # furniture hides no more of them
     assert 0.03 < min(shares) < 0.06 and 0.1 < max(shares) < 0.25
     assert min(parts) >= 4 and parts.count(6) > 20
     assert 1.4 < min(distances) < 1.8 and 2.2 < max(distances) < 2.8

@@ -243,7 +243,9 @@ def test_colours():
     assert torch.equal(semseg.colours(pred)[:, 0, 0], rgb[:, 3])
     normal = torch.tensor([[0.0, 0.0], [0.0, 0.0], [2.0, 0.0]])[:, None]
     assert Normals().colours(normal)[:, 0].T.tolist() == [[0.5, 0.5, 1], [0, 0, 0]]
-    near, far, invalid = Depth().colours(torch.tensor([[[0.5, 10.0, 0.0]]]))[:, 0].T
+    assert rgb[:, 0].tolist() == pytest.approx([0.35] * 3)             # class 0 is grey
+    near, far, invalid, below = Depth().colours(torch.tensor([[[0.5, 10.0, 0.0, -1.0]]]))[:, 0].T
+    assert below.tolist() == pytest.approx([1, 1, 0.15])               # a wrong prediction is shown
     assert near[0] > 0.9 > 0.5 > near[2] and far[2] > far[0] and invalid.sum() == 0
     assert Saliency().colours(torch.tensor([[1, 0, 255]]))[0, 0].tolist() == [1, 0, 0]
 
