@@ -104,10 +104,9 @@ def draw_grid(path: Path, titles: Sequence[str],
     """Write a PNG of equally large pictures, with legends at the bottom.
 
     titles: one above each column. rows: (name, pictures); the name is written on the left, and a
-    picture may be None. Pictures smaller than 200 pixels are enlarged.
+    picture may be None, but not the first one. Pictures smaller than 200 pixels are enlarged.
     """
-    height, width = next(picture.shape[1:] for _, row in rows for picture in row
-                         if picture is not None)
+    height, width = rows[0][1][0].shape[1:]
     zoom = math.ceil(200 / max(height, width))
     height, width = zoom * height, zoom * width
     font = ImageFont.load_default(max(13, width // 24))
@@ -253,17 +252,17 @@ def draw_plot(pen: ImageDraw.ImageDraw, x: int, y: int, title: str,
     low, high = min(values), max(values)
     if low == high:                                 # draw a constant in the middle
         low, high = low - 1, high + 1
-    curve = []
-    for step, value in points:
-        curve.append((left + PLOT[0] * step / last_step,
-                      bottom - PLOT[1] * (value - low) / (high - low)))
+
+    def height(value: float) -> float:
+        return bottom - PLOT[1] * (value - low) / (high - low)
+
+    curve = [(left + PLOT[0] * step / last_step, height(value)) for step, value in points]
     pen.line(curve, fill="royalblue", width=2)
     if len(curve) < 30:
         for px, py in curve:
             pen.ellipse((px - 2, py - 2, px + 2, py + 2), fill="royalblue")
     for value in {min(values), max(values)}:
-        y = bottom - PLOT[1] * (value - low) / (high - low)
-        pen.text((left - 6, y), f"{value:.3g}", "dimgray", font, anchor="rm")
+        pen.text((left - 6, height(value)), f"{value:.3g}", "dimgray", font, anchor="rm")
     pen.text((left, bottom + 6), "0", "dimgray", font, anchor="ma")
     pen.text(((left + right) / 2, bottom + 6), "step", "dimgray", font, anchor="ma")
     pen.text((right, bottom + 6), f"{last_step}", "dimgray", font, anchor="ma")

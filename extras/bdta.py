@@ -118,8 +118,13 @@ class FeedForward(nn.Module):
         return self.fc2(x.permute(0, 2, 3, 1))
 
 
-def make_mlp(dim: int, hidden: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, outputs))
+def make_mlps(count: int, dim: int, hidden: int, outputs: int) -> nn.ModuleList:
+    """`count` MLPs with one hidden layer each."""
+    mlps = nn.ModuleList()
+    for _ in range(count):
+        mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, outputs))
+        mlps.append(mlp)
+    return mlps
 
 
 class Direction(nn.Module):
@@ -128,9 +133,7 @@ class Direction(nn.Module):
     def __init__(self, dim: int, num_tasks: int):
         super().__init__()
         hidden = dim // 4
-        self.adapters = nn.ModuleList()
-        for _ in range(num_tasks):
-            self.adapters.append(make_mlp(dim, hidden, dim))
+        self.adapters = make_mlps(num_tasks, dim, hidden, dim)
         self.query_norm = nn.LayerNorm(dim, eps=EPS)
         self.value_norm = nn.LayerNorm(dim, eps=EPS)
         self.ffn_norm = nn.LayerNorm(dim, eps=EPS)
@@ -193,12 +196,8 @@ class Router(nn.Module):
     def __init__(self, dim: int, num_tasks: int):
         super().__init__()
         hidden = dim // 16
-        self.gate = nn.ModuleList()
-        for _ in range(num_tasks):
-            self.gate.append(make_mlp(dim, hidden, num_tasks))
-        self.noise = nn.ModuleList()
-        for _ in range(num_tasks):
-            self.noise.append(make_mlp(dim, hidden, num_tasks))
+        self.gate = make_mlps(num_tasks, dim, hidden, num_tasks)
+        self.noise = make_mlps(num_tasks, dim, hidden, num_tasks)
 
     def forward(self, main: Tensor) -> Tensor:
         """main (B, H, W, C) -> (B, T, T). Entry (t, q) is the share of expert q in task t."""

@@ -37,7 +37,7 @@ from tasks import delta_m, make_tasks
 from util import one_line_errors, progress, reading, write_json
 
 Run = dict              # what study.json keeps of a run: flags, results, trainable, tree, ...
-Job = tuple[list[str], list | None]     # a run to do: its flags, and the tree it is given, if any
+Job = tuple[list[str], list | None]     # a run to do: its flags, and its tree if it is given one
 Results = dict[str, dict[str, float]]   # {task: {metric: value}}
 
 # --- the questions, fixed before the reported seeds were run --------------------------------------
@@ -277,10 +277,14 @@ class Study:
 
 # --- reading results ------------------------------------------------------------------------------
 def read_study(path: Path) -> dict:
-    """The content of a study.json: {"flags": text, "rates": {arm: rate}, "runs": {name: run}}."""
+    """The content of a study.json: {"flags": text, "rates": {arm: rate}, "runs": {name: run}}.
+
+    It may also have a "note" for whoever compares with it.
+    """
     with reading(path, "a study.json"):
         saved = json.loads(path.read_text())
-        return {key: saved[key] for key in ("flags", "rates", "runs")}
+        content = {key: saved[key] for key in ("flags", "rates", "runs")}
+        return content | {"note": saved.get("note")}
 
 
 def collect_runs(folder: Path, last: bool) -> tuple[dict[str, dict[int, Run]], str | None]:
@@ -592,9 +596,9 @@ def train_and_report(args: argparse.Namespace, flags: list[str]) -> None:
     flags = SETTINGS.get(dataset, "").split() + flags
     rates = None
     if args.quick:
-        path = Path(__file__).parent.parent / f"docs/study_{dataset}.json"
-        recorded = read_study(path)
-        print(json.loads(path.read_text()).get("note", ""))
+        recorded = read_study(Path(__file__).parent.parent / f"docs/study_{dataset}.json")
+        if recorded["note"]:
+            print(recorded["note"])
         rates = recorded["rates"]
         args.arms, args.seeds = QUICK_ARMS, SEEDS[:1]
     study = Study(args.out, flags, args.jobs)

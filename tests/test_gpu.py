@@ -73,7 +73,7 @@ def test_mixed_precision_trains_100_steps(amp):
 def test_a_step_never_waits_for_the_gpu(amp):
     """A step runs, from the warp to the optimizer, while every wait for the GPU is an error."""
     trainer = Trainer(amp, flags=["--dropout", "0.1"])
-    trainer.step(0), trainer.step(1)        # fills the caches and makes the optimizer's state
+    trainer.step(0), trainer.step(1)        # fills the caches and creates the optimizer's state
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:

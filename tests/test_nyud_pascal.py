@@ -29,30 +29,36 @@ def image_of(path, pixels, **options):
 
 
 # --- samples --------------------------------------------------------------------------------------
+def samples_and_rooms(name, folder, rooms, tasks):
+    """Each sample of both splits, with its room and the labels that its files lack."""
+    for split in ("train", "val"):
+        dataset = Files(name, folder, split, tasks)
+        assert dataset.ids == [id for id in rooms if rooms[id][0] == split]
+        for sample, id in zip(dataset, dataset.ids):
+            _, number, size, missing = rooms[id]
+            yield sample, room(number, size), missing
+
+
 def test_nyud_samples_are_the_rooms_they_were_written_from(nyud_folder):
     """Void and missing labels are marked as invalid; all other values come back exactly."""
     numbers = np.array([1, 21, 0, 28, 39, 37, 30])      # floor, ceiling, wall ... as NYUD's classes
     names = [SEMSEG["nyud"][n] for n in numbers]
     assert names == ["floor", "ceiling", "wall", "box", "other prop", "other structure", "person"]
-    for split in ("train", "val"):
-        dataset = Files("nyud", nyud_folder, split, NYUD)
-        assert dataset.ids == [id for id in NYUD_ROOMS if NYUD_ROOMS[id][0] == split]
-        for sample, id in zip(dataset, dataset.ids):
-            _, number, size, missing = NYUD_ROOMS[id]
-            truth = room(number, size)
-            assert list(sample) == ["image", *NYUD]
-            assert sample["image"].shape == (3, *size) and sample["image"].dtype == torch.uint8
-            error = sample["image"].permute(1, 2, 0).numpy() - truth["image"].astype(float)
-            assert abs(error).mean() < 5                            # a JPEG
-            expected = {"semseg": numbers[truth["semseg"]], "depth": truth["depth"][None],
-                        "normals": truth["normals"].transpose(2, 0, 1), "edge": truth["edge"]}
-            expected["semseg"][:2] = 255
-            for task in missing:
-                expected[task][:] = 0 if task in ("depth", "normals") else 255
-            for task in NYUD:
-                np.testing.assert_allclose(sample[task], expected[task], atol=1e-6, err_msg=task)
-            assert [sample[task].dtype for task in NYUD] == [
-                torch.uint8, torch.float32, torch.float32, torch.uint8]
+    for sample, truth, missing in samples_and_rooms("nyud", nyud_folder, NYUD_ROOMS, NYUD):
+        assert list(sample) == ["image", *NYUD]
+        size = truth["semseg"].shape
+        assert sample["image"].shape == (3, *size) and sample["image"].dtype == torch.uint8
+        error = sample["image"].permute(1, 2, 0).numpy() - truth["image"].astype(float)
+        assert abs(error).mean() < 5                                # a JPEG
+        expected = {"semseg": numbers[truth["semseg"]], "depth": truth["depth"][None],
+                    "normals": truth["normals"].transpose(2, 0, 1), "edge": truth["edge"]}
+        expected["semseg"][:2] = 255
+        for task in missing:
+            expected[task][:] = 0 if task in ("depth", "normals") else 255
+        for task in NYUD:
+            np.testing.assert_allclose(sample[task], expected[task], atol=1e-6, err_msg=task)
+        assert [sample[task].dtype for task in NYUD] == [
+            torch.uint8, torch.float32, torch.float32, torch.uint8]
 
 
 def test_pascal_samples_are_the_rooms_they_were_written_from(pascal_folder):
@@ -60,23 +66,18 @@ def test_pascal_samples_are_the_rooms_they_were_written_from(pascal_folder):
     numbers = np.array([0, 0, 0, 9, 20, 5, 15])
     names = [SEMSEG["pascal"][n] for n in numbers[3:]]
     assert names == ["chair", "tv monitor", "bottle", "person"]
-    for split in ("train", "val"):
-        dataset = Files("pascal", pascal_folder, split, PASCAL)
-        assert dataset.ids == [id for id in PASCAL_ROOMS if PASCAL_ROOMS[id][0] == split]
-        for sample, id in zip(dataset, dataset.ids):
-            _, number, size, missing = PASCAL_ROOMS[id]
-            truth = room(number, size)
-            if "human_parts" in missing:
-                truth["human_parts"][:] = 255
-            semseg = numbers[truth["semseg"]]
-            semseg[:2] = 255
-            np.testing.assert_array_equal(sample["semseg"], semseg)
-            np.testing.assert_array_equal(sample["human_parts"], truth["human_parts"])
-            np.testing.assert_array_equal(sample["sal"], truth["sal"])
-            known = truth["semseg"] <= 3                # floor, ceiling, wall, box
-            normals = sample["normals"].permute(1, 2, 0).numpy()
-            np.testing.assert_allclose(normals[known], truth["normals"][known], atol=0.01)
-            assert not normals[~known].any()
+    for sample, truth, missing in samples_and_rooms("pascal", pascal_folder, PASCAL_ROOMS, PASCAL):
+        if "human_parts" in missing:
+            truth["human_parts"][:] = 255
+        semseg = numbers[truth["semseg"]]
+        semseg[:2] = 255
+        np.testing.assert_array_equal(sample["semseg"], semseg)
+        np.testing.assert_array_equal(sample["human_parts"], truth["human_parts"])
+        np.testing.assert_array_equal(sample["sal"], truth["sal"])
+        known = truth["semseg"] <= 3                    # floor, ceiling, wall, box
+        normals = sample["normals"].permute(1, 2, 0).numpy()
+        np.testing.assert_allclose(normals[known], truth["normals"][known], atol=0.01)
+        assert not normals[~known].any()
 
 
 def test_the_second_version_of_nyud_gives_the_same_samples(nyud_folder):

@@ -149,7 +149,7 @@ def test_progress_yields_everything_and_shows_the_time_left(capsys, monkeypatch)
 
 
 def test_devices_and_precisions():
-    """A device that is missing is named; mixed precision is for GPUs unless asked for."""
+    """The error names a missing device; a CPU uses mixed precision only if asked to."""
     cpu = pick_device("cpu")
     for name in ("gpu", "meta"):
         with pytest.raises(ValueError, match=f"--device {name} cannot be used"):

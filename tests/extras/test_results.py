@@ -45,7 +45,7 @@ def test_mtloras_ablations_train_what_their_arguments_give():
         count = 1_946_624 + sum(p.numel() for p in backbone.parameters() if p.requires_grad)
         assert count == exact
         assert trained == f"{count / 1e6:.2f}"
-        assert papers in (trained, f"{int(count / 1e4) / 100:.2f}")     # some are cut off
+        assert papers in (trained, f"{int(count / 1e4) / 100:.2f}")     # some are truncated
 
 
 @pytest.mark.slow

@@ -260,7 +260,7 @@ def test_a_quick_study_is_compared_with_the_recorded_values(tmp_path, monkeypatc
 
 
 def test_another_study_in_the_folder_is_refused(tmp_path):
-    """Its runs have other flags, so they cannot be continued."""
+    """A folder with runs of other flags cannot be continued."""
     write_json(tmp_path / "study.json", {"flags": "--epochs 1", "rates": {}, "runs": {}})
     with pytest.raises(ValueError, match="study with the flags --epochs 1; choose another --out"):
         Study(tmp_path, ["--epochs", "2"], jobs=1)
