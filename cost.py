@@ -3,10 +3,10 @@
     python cost.py --dataset nyud                                   # takes the flags of train.py
     python cost.py --dataset pascal --method mtlora --rank 32 --json
 
-Nothing is loaded or trained. The network is built on the meta device, which knows shapes but stores
-no numbers, and the MACs are counted while one image runs through it. Table 3 of the paper counts
-linear and convolution layers with their biases, but neither the matrix products inside attention
-nor the adapters. We print that number, and the MACs of all matrix products.
+No weights are loaded, and nothing is trained. The network is built on the meta device, which knows
+shapes but stores no numbers, and the MACs are counted while one image runs through it. Table 3 of
+the paper counts linear and convolution layers with their biases, but neither the matrix products
+inside attention nor the adapters. We print that count, and a second one that includes both.
 
 Reference: arXiv 2509.19602, sections 4.3 and 4.5, table 3.
 """
@@ -30,10 +30,10 @@ from util import one_line_errors
 
 
 def ledger(model: nn.Module) -> dict[str, int]:
-    """Numbers of parameters: the trained ones by part and in sum ("trainable"), and all ("total").
+    """Count parameters: the trained ones by part, their sum ("trainable"), and all ("total").
 
-    "others" are trained weights of the backbone itself. "adapters" are everything that the method
-    adds apart from the decoders.
+    "others" are trained weights of the backbone itself. "adapters" are all other trained weights
+    outside the decoders.
     """
     count = {"adapters": 0, "decoders": 0, "others": 0, "trainable": 0, "total": 0}
     for name, p in model.named_parameters():
@@ -52,11 +52,11 @@ def ledger(model: nn.Module) -> dict[str, int]:
 
 @torch.no_grad()
 def module_macs(model: nn.Module, size: tuple[int, int]) -> dict[str, tuple[int, int]]:
-    """The MACs of one image of size (H, W), counted while it runs through the model.
+    """The MACs of each module for one image of size (H, W), counted in a forward pass.
 
     Returns {path of the module: (MACs that table 3 counts, other MACs)}. Table 3 counts linear and
-    convolution layers with their biases; the others are the products of attention and of adapters.
-    Norms, activations and interpolation are not counted.
+    convolution layers with their biases. The other MACs are the matrix products inside attention
+    and in the adapters. Norms, activations and interpolation are not counted.
     """
     macs = {}
 
@@ -91,7 +91,7 @@ def module_macs(model: nn.Module, size: tuple[int, int]) -> dict[str, tuple[int,
 
 
 def count_macs(model: nn.Module, size: tuple[int, int]) -> dict[str, int]:
-    """The MACs of one image of size (H, W), as table 3 counts them and of all matrix products."""
+    """Total MACs for an image of size (H, W): as in table 3, and with attention and adapters."""
     linear_conv, everything = 0, 0
     for dense, extra in module_macs(model, size).values():
         linear_conv += dense
@@ -102,9 +102,10 @@ def count_macs(model: nn.Module, size: tuple[int, int]) -> dict[str, int]:
 def network(config: Namespace) -> nn.Module:
     """The network that train.py would build, on the meta device and without pretrained weights.
 
-    Trained parameters and table 3's MACs depend only on the number of groups in each stage. The
-    MACs of all products also depend on the sizes of the groups, because adapters are padded to the
-    largest rank. Without `config.tree` the groups are as uneven as possible, which costs most.
+    The number of trained parameters does not depend on the tree, and table 3's MACs depend only on
+    its number of groups in each stage. The adapter MACs also depend on the group sizes, because
+    adapters are padded to the largest rank. Without `config.tree`, the groups are as uneven as
+    possible, which costs the most.
     """
     tasks = make_tasks(config.tasks, CLASSES.get(config.dataset))
     if config.tree:

@@ -2,9 +2,9 @@
 
 A sample is a dict of tensors at the image's own size: "image" (3, H, W) uint8, and one label per
 task, whose form depends on the task's kind (tasks.py). `Checked` checks this, `collate` pads the
-images of a batch to a common size, and `warp` brings image and labels to the training size on the
-training device. It samples all of them on one grid, so they stay aligned: the image is interpolated
-bilinearly, and a label takes the nearest pixel.
+samples of a batch to a common size, and `warp` resamples images and labels to the training size on
+the training device. Image and labels are sampled on one grid, so they stay aligned. The image is
+interpolated bilinearly, and a label takes the nearest pixel.
 
     dataset = open_dataset(config, "train")
     batches = epoch_batches(len(dataset), batch_size=6, epochs=300, seed=0)
@@ -30,9 +30,9 @@ from tasks import IGNORE, TASKS, make_tasks
 from util import progress
 
 KINDS = ("classes", "values", "distances", "directions")      # see tasks.py
-MEAN = (0.485, 0.456, 0.406)                # ImageNet's, which the pretrained backbone expects
+MEAN = (0.485, 0.456, 0.406)                # of ImageNet, as the pretrained backbone expects
 STD = (0.229, 0.224, 0.225)
-CLASSES = {"rooms": ROOM_CLASSES, **SEMSEG}                   # semseg's classes
+CLASSES = {"rooms": ROOM_CLASSES, **SEMSEG}                   # semseg's classes: names or number
 
 
 # --- datasets -------------------------------------------------------------------------------------
@@ -55,11 +55,12 @@ def open_dataset(config, split: str) -> Dataset:
     """The "train" or "val" split of `config.dataset`, whose samples are checked when they are read.
 
     Uses config.dataset, config.tasks, config.cache, and the settings that this dataset needs.
-    Raises ValueError for an unknown dataset or task, or for a split without images.
+    Raises ValueError for an unknown dataset or task, missing files, or a split without images.
     """
     if config.dataset not in DATASETS:
         raise ValueError(f"unknown dataset {config.dataset!r}; expected one of "
-                         f"{', '.join(DATASETS)}, or your own, added to data.DATASETS")
+                         f"{', '.join(DATASETS)}, or your own dataset, whose file must be imported "
+                         "first (see examples/own_dataset.py)")
     tasks = make_tasks(config.tasks, CLASSES.get(config.dataset))
     dataset = DATASETS[config.dataset](config, split)
     if len(dataset) == 0:
@@ -69,11 +70,11 @@ def open_dataset(config, split: str) -> Dataset:
 
 
 class Checked(Dataset):
-    """A dataset whose samples are checked: a wrong one raises a ValueError that names it.
+    """A dataset that checks each sample of `dataset`. A bad sample raises a ValueError naming it.
 
-    Only the image and the labels of `tasks` are kept. Labels may be numpy arrays, and (H, W)
-    instead of (1, H, W). In float labels, NaN and infinity become 0, which means "no label" for
-    depth. name: the name of the dataset, for error messages.
+    Only the image and the labels of `tasks` are kept. Both may be numpy arrays. A float label with
+    one channel may be (H, W) instead of (1, H, W). In float labels, NaN and infinity become 0,
+    which means "no label" for depth. name: the name of the dataset, for error messages.
     """
 
     def __init__(self, name: str, dataset: Dataset, tasks: list):
@@ -91,7 +92,7 @@ class Checked(Dataset):
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         try:
             return check_sample(self.dataset[i], self.tasks)
-        except StopIteration as error:                        # would end the loader's loop
+        except StopIteration as error:                        # would silently end a loader's loop
             raise RuntimeError(f"{self.name}: sample {i}: StopIteration") from error
         except (ValueError, OSError) as error:
             message = " ".join((str(error) or repr(error)).split())     # on a single line
@@ -102,21 +103,24 @@ class Checked(Dataset):
 
 
 def check_sample(sample: dict, tasks: list) -> dict[str, Tensor]:
-    """The image and the labels of `tasks` as tensors. Raises ValueError if one is missing or wrong.
+    """Convert the image and the labels of `tasks` to tensors.
+
+    Raises ValueError if one of them is missing or wrong.
     """
     if not isinstance(sample, dict):
-        raise ValueError(f"it is a {type(sample).__name__}; expected a dict of image and labels")
+        raise ValueError(f"the sample is a {type(sample).__name__}; expected a dict of image "
+                         "and labels")
     tensors = {}
     for name in ("image", *(task.name for task in tasks)):
         if name not in sample:
-            raise ValueError(f"it has no {name}; it has {', '.join(sample)}")
+            raise ValueError(f"the sample has no {name}; it has {', '.join(sample)}")
         try:
             tensors[name] = torch.as_tensor(sample[name]).detach()
         except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"its {name} cannot become a tensor: {error}") from error
+            raise ValueError(f"{name} cannot be converted to a tensor: {error}") from error
     image = tensors["image"]
     if image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3 or image.numel() == 0:
-        raise ValueError(f"its image is {described(image)}; expected (3, H, W) of uint8")
+        raise ValueError(f"image is {described(image)}; expected (3, H, W) of uint8")
     checked = {"image": image}
     for task in tasks:
         checked[task.name] = check_label(task, tensors[task.name], tuple(image.shape[1:]))
@@ -124,18 +128,18 @@ def check_sample(sample: dict, tasks: list) -> dict[str, Tensor]:
 
 
 def check_label(task, label: Tensor, size: tuple[int, int]) -> Tensor:
-    """One label, as classes (H, W) uint8 or floats (C, H, W) float32. size: (H, W) of its image.
+    """Convert a label to classes (H, W) uint8, or to values (C, H, W) float32.
 
-    Raises ValueError if its shape, data type or classes are wrong.
+    size: (H, W) of the image. Raises ValueError if the shape, data type or classes are wrong.
     """
-    problem = f"its {task.name} is {described(label)}; expected"
+    problem = f"{task.name} is {described(label)}; expected"
     if task.kind == "classes":
         if label.is_floating_point() or label.shape != size:
             raise ValueError(f"{problem} {size} of integers (classes)")
         label = label.long()
         wrong = label[(label != IGNORE) & ((label < 0) | (label >= task.classes))]
         if len(wrong):
-            raise ValueError(f"its {task.name} contains class {wrong[0]}; expected 0 to "
+            raise ValueError(f"{task.name} contains class {wrong[0]}; expected 0 to "
                              f"{task.classes - 1}, or {IGNORE} = ignore")
         return label.to(torch.uint8)
 
@@ -145,7 +149,7 @@ def check_label(task, label: Tensor, size: tuple[int, int]) -> Tensor:
     if label.ndim == 2:
         label = label[None]
     if label.shape != (task.channels, *size):
-        raise ValueError(f"{problem} {(task.channels, *size)} of floats, because its image is "
+        raise ValueError(f"{problem} {(task.channels, *size)} of floats, because the image is "
                          f"{size}")
     return label.float().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
@@ -193,8 +197,9 @@ def collate(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 def epoch_batches(length: int, batch_size: int, epochs: int, seed: int) -> list[list[int]]:
     """The sample indices of every batch of a run. An incomplete last batch of an epoch is dropped.
 
-    Each epoch is shuffled by (seed, epoch). Step i sees the same images in every run with this
-    seed, so resuming a run means slicing this list.
+    The shuffling of an epoch depends only on the seed and the epoch's number. Step i therefore sees
+    the same images in every run with these arguments, and a run is resumed by slicing this list.
+    If `length` is less than batch_size, each batch holds all samples.
     """
     batch_size = min(batch_size, length)
     batches = []
@@ -207,12 +212,12 @@ def epoch_batches(length: int, batch_size: int, epochs: int, seed: int) -> list[
 
 
 def loader(dataset: Dataset, batches: list[list[int]], workers: int = 0) -> DataLoader:
-    """Collated batches in the given order, read by `workers` processes (0: by this one).
+    """Collated batches in the given order, read by `workers` processes (0: by this process).
 
-    Samples contain no randomness, so the number of workers never changes a result.
+    A sample of our datasets depends only on its index, so the number of workers changes no result.
     """
     if isinstance(dataset, InMemory):
-        workers = 0                         # they would only copy samples that are already here
+        workers = 0                         # workers would only copy samples that are in memory
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate,
                       pin_memory=torch.cuda.is_available())
 
@@ -223,12 +228,13 @@ def draw_augmentation(B: int, flip: bool, scales: Sequence[float],
     """Random arguments of `warp` for B images.
 
     Each image is flipped with probability 1/2 (if `flip`), zoomed by one of `scales`, and turned by
-    up to `rotate` degrees either way. If it is zoomed in, the cut may lie anywhere in the image.
+    up to `rotate` degrees either way. If it is zoomed in, the part that is kept (the cut) may lie
+    anywhere in the image.
     """
     scale = torch.tensor(scales)[torch.randint(len(scales), (B,))]
     flipped = (torch.rand(B) < 0.5) & flip
     place = torch.rand(B, 2) * 2 - 1
-    reach = 1 - 1 / scale.clamp(min=1)                        # keeps the cut inside the image
+    reach = 1 - 1 / scale.clamp(min=1)                        # keeps an unrotated cut in the image
     centre = place * reach[:, None]
     angle = (torch.rand(B) * 2 - 1) * rotate
     return {"flip": flipped, "scale": scale, "centre": centre, "angle": angle}
@@ -239,13 +245,16 @@ def warp(batch: dict[str, Tensor], size: Sequence[int], device: torch.device | s
          angle: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
     """Move a batch to `device`, and resample image and labels to size (h, w) on one grid.
 
-    flip: (B,) bool, mirror left and right.
+    flip: (B,) bool, mirror left and right; directions are mirrored too.
     scale: (B,), zoom in by this factor; distances are divided by it.
-    centre: (B, 2), x and y of the middle of the cut, from -1 to 1 across the image.
-    angle: (B,), degrees by which the image turns counter-clockwise; directions turn with it.
+    centre: (B, 2), x and y of the middle of the cut (the part of the image that is shown), from -1
+        to 1 across the image.
+    angle: (B,), degrees by which the image is turned counter-clockwise before it is mirrored;
+        directions turn with it.
 
-    Without these four this is a plain resize. Returns the normalised image (B, 3, h, w), and the
-    labels in the form that tasks.py expects. Both are 0 outside the image, but classes are IGNORE.
+    Without the last four arguments, `warp` is a plain resize. Returns the normalised image
+    (B, 3, h, w), and the labels in the form that tasks.py expects. Outside the original image,
+    classes are IGNORE, and everything else is 0.
     """
     B, _, H, W = batch["image"].shape
     h, w = size
@@ -274,7 +283,7 @@ def warp(batch: dict[str, Tensor], size: Sequence[int], device: torch.device | s
     pixel = (cut * half) @ turn.mT / zoom + half * (1 + centre)                 # (B, h*w, 2)
     pixel = pixel.view(B, h, w, 2)
 
-    # Mask all that lies outside the image: it must show neither padding nor a repeated border.
+    # Mask everything outside the image, so that neither padding nor a repeated border shows.
     end = 2 * half[:, None]
     inside = ((pixel >= 0) & (pixel <= end)).all(-1)          # (B, h, w)
     pixel = pixel.clamp(min=0.5).minimum(end - 0.5)           # never interpolate with padding
@@ -300,7 +309,7 @@ def warp(batch: dict[str, Tensor], size: Sequence[int], device: torch.device | s
 
 def warp_label(kind: str, label: Tensor, grid: Tensor, inside: Tensor, zoom: Tensor,
                turn: Tensor) -> Tensor:
-    """`warp` for labels of one kind: (B, H, W) or (B, C, H, W) -> (B, h, w) or (B, C, h, w)."""
+    """Warp labels of one kind: (B, H, W) or (B, C, H, W) -> (B, h, w) or (B, C, h, w)."""
     if kind == "classes":
         label = F.grid_sample(label[:, None], grid, mode="nearest", align_corners=False)
         return torch.where(inside, label[:, 0], float(IGNORE)).long()

@@ -1,8 +1,9 @@
 """The decoder of a task: it turns the four maps of the backbone into the task's prediction.
 
-Each map is projected by a bias-free 1x1 convolution, resized to the first map (stride 8) and
-concatenated with the others. A head in the style of HRNet (1x1 convolution, BatchNorm, ReLU, 1x1
-convolution) gives the outputs, which are resized to the image. Every task has its own decoder.
+Each map is projected by a bias-free 1x1 convolution, resized to the size of the first map (stride
+8) and concatenated with the others. A head in the style of HRNet (1x1 convolution, BatchNorm, ReLU,
+1x1 convolution) computes the outputs, which are resized to the size of the image. Every task has
+its own decoder.
 
     decoder = Decoder(backbone.channels, outputs=40)
     prediction = decoder(maps, image.shape[2:])         # four (B, h, w, c) -> (B, 40, H, W)
@@ -17,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FUSED = (18, 36, 72, 144)   # the channels of HRNet-W18, for the four projections
+FUSED = (18, 36, 72, 144)   # channels of the four projections: the widths of HRNet-W18
 
 
 class Decoder(nn.Module):
-    """Projects each map from its `in_channels` to its `fused` channels; a head makes `outputs`."""
+    """Projects map i from in_channels[i] to fused[i] channels; a head computes the outputs."""
 
     def __init__(self, in_channels: Sequence[int], outputs: int, fused: Sequence[int] = FUSED):
         super().__init__()
@@ -43,7 +44,7 @@ class Decoder(nn.Module):
 
 
 def make_head(width: int, outputs: int) -> nn.Sequential:
-    """(B, width, h, w) -> (B, outputs, h, w), with 4 * width hidden channels."""
+    """A decoder's head: (B, width, h, w) -> (B, outputs, h, w), with 4 * width hidden channels."""
     hidden = 4 * width
     return nn.Sequential(
         nn.Conv2d(width, hidden, 1),

@@ -1,15 +1,15 @@
-"""Evaluate a checkpoint on validation images, or make its predictions for any photo.
+"""Evaluate a checkpoint on validation images, or draw its predictions for your own photos.
 
-    python eval.py --checkpoint runs/rooms/best.pt                     # the table of metrics
-    python eval.py --checkpoint runs/nyud/best.pt --native             # at each image's own size
-    python eval.py --checkpoint runs/nyud/best.pt --image photo.jpg    # draws photo.predicted.png
+    python eval.py --checkpoint runs/rooms/best.pt                   # the table of metrics
+    python eval.py --checkpoint runs/nyud/best.pt --native           # at each image's own size
+    python eval.py --checkpoint runs/nyud/best.pt --image photo.jpg  # runs/nyud/photo.predicted.png
 
 Images go through the network one at a time, so no result depends on a batch size. A task's metrics
-come from sums over the whole set, divided once at the end (tasks.py). Next to them the table shows
-how well the best constant prediction does on the same labels: a result that does not beat it means
-nothing.
+come from sums over the whole set, divided once at the end (tasks.py). Next to each metric, the
+table shows its value for the best constant prediction (see `reference`). A network that is no
+better than a constant has not learned the task.
 
-Shapes: B batch, C channels, H W pixels.
+Shapes: B batch, C channels, H W pixels, N valid pixels.
 References: arXiv 2509.19602, section 4.2.
 """
 
@@ -35,7 +35,10 @@ Predict = Callable[[Tensor], dict[str, Tensor]]     # image (B, 3, H, W) -> {tas
 
 
 def predictor(model: nn.Module, amp: torch.dtype | None) -> Predict:
-    """`model` as a function, in evaluation mode, and under autocast if `amp` is given."""
+    """Switch `model` to eval mode and return a function that calls it.
+
+    The function uses autocast if `amp` is given.
+    """
     model.eval()
 
     def predict(image: Tensor) -> dict[str, Tensor]:
@@ -47,13 +50,14 @@ def predictor(model: nn.Module, amp: torch.dtype | None) -> Predict:
 @torch.no_grad()
 def evaluate(predict: Predict, tasks: Sequence, batches: Iterable, size: tuple[int, int] | None,
              device: torch.device) -> dict:
-    """Metrics of `predict` over `batches`, which hold one image each (data.collate).
+    """Measure the predictions of `predict` on `batches` of one image each (see data.collate).
 
     size: (H, W) that images and labels are resized to; None keeps each image's own size.
 
     Returns a dict:
         results: {task: {metric: value}}
-        loss: weighted sum of the tasks' losses (eq. 8), each a mean over the images with labels
+        loss: weighted sum of the tasks' losses (eq. 8). A task's loss is a mean over the images
+            that have a label for it.
         images: number of images
         pixels: {task: number of valid pixels}
         nan: {task: number of valid pixels at which the prediction is NaN}
@@ -83,7 +87,7 @@ def evaluate(predict: Predict, tasks: Sequence, batches: Iterable, size: tuple[i
 
 
 def measure(task, pred: Tensor, label: Tensor) -> dict:
-    """One image's contribution to a task's totals. Sums are computed on the CPU, in float64."""
+    """One image's contribution to a task's totals. "sums" is float64, on the CPU."""
     loss = task.loss(pred, label).item()
     pred, label = pred.cpu(), label.cpu()
     valid = task.valid(label).reshape(1, *pred.shape[2:])       # (1, H, W)
@@ -99,10 +103,10 @@ def measure(task, pred: Tensor, label: Tensor) -> dict:
 # --- the best constant ----------------------------------------------------------------------------
 def best_constants(tasks: Sequence, batches: Iterable,
                    size: tuple[int, int] | None) -> dict[str, Tensor]:
-    """For each task, the constant prediction (outputs,) that fits these labels best.
+    """For each task, the constant prediction (outputs,) that its `best_constant` picks.
 
-    It is fitted to at most 8,000 valid pixels per image, evenly spread. A task without any valid
-    pixel is left out.
+    Each image contributes at most 8,000 of its valid pixels, evenly spread. A task without any
+    valid pixel is left out.
     """
     values = {task.name: [] for task in tasks}
     for batch in batches:
@@ -113,7 +117,7 @@ def best_constants(tasks: Sequence, batches: Iterable,
             if label.ndim == 4:
                 label = label.movedim(1, -1)                    # (1, H, W, C)
             label = label[valid]                                # (N,) or (N, C)
-            every = max(1, len(label) // 4000)
+            every = max(1, len(label) // 4000)                  # rounded down: N / every < 8,000
             values[task.name].append(label[::every])
     constants = {}
     for task in tasks:
@@ -124,10 +128,11 @@ def best_constants(tasks: Sequence, batches: Iterable,
 
 
 def reference(tasks: Sequence, batches: Iterable, size: tuple[int, int] | None) -> dict:
-    """{task: {metric: value}} of the best constant prediction.
+    """Evaluate the best constant prediction of each task: {task: {metric: value}}.
 
-    It is fitted to the same labels that it is evaluated on, so it looks better than it is. Metrics
-    are NaN for a task without any label. Goes through `batches` twice.
+    Most tasks fit their constant to these same labels, so this baseline is slightly optimistic; sal
+    and edge always predict 1. Metrics are NaN for a task without any label. Goes through `batches`
+    twice.
     """
     constants = best_constants(tasks, batches, size)
 
@@ -146,9 +151,11 @@ def load_run(path: str | Path, weights: str | None = None
              ) -> tuple[nn.Module, list, argparse.Namespace]:
     """The trained network of a checkpoint, its tasks and its settings.
 
-    path: a checkpoint, or a run's folder, which stands for its best.pt. weights: where the
-    backbone's weights are now, if they have moved. Raises ValueError if the checkpoint cannot be
-    read or does not fit.
+    The network is on the CPU and in train mode: call its eval() before you predict.
+
+    path: a checkpoint, or the folder of a run, whose best.pt is then used. weights: the file of the
+    backbone's pretrained weights, if it has moved since training. Raises ValueError if the
+    checkpoint or the pretrained weights cannot be read, or do not fit each other.
     """
     path = Path(path)
     if path.is_dir():
@@ -167,15 +174,21 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False)
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, help="best.pt of a run, or the run's folder")
-    add("--image", type=Path, nargs="+", help="predict these photos instead of evaluating")
-    add("--native", action="store_true", help="use each image's own size: sharper and slower")
+    add("--checkpoint", type=Path, required=True,
+        help="a checkpoint, or the folder of a run, whose best.pt is then used")
+    add("--image", type=Path, nargs="+",
+        help="photos to draw predictions for, instead of evaluating; the pictures are written "
+        "to the run's folder")
+    add("--native", action="store_true",
+        help="keep each image's own size instead of resizing it to the training size")
     add("--json", action="store_true", help="print the metrics as JSON instead of a table")
     add("--data-root", help="folder of the dataset, or its archive (default: as in training)")
-    add("--weights", help="the file of the backbone's weights, if it has moved since training")
+    add("--weights",
+        help="file of the backbone's pretrained weights, if it has moved since training")
     add("--workers", type=integer(0, 256), default=min(4, os.cpu_count() or 1),
-        help="processes that load data")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
+        help="number of processes that load data (default: %(default)s)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+        help="device to run on, such as cpu or cuda (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.json and args.image:
         parser.error("--json prints metrics, so it cannot be combined with --image")

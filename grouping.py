@@ -31,7 +31,7 @@ MAX_TASKS = 10      # limit of the exact search, which takes half a second for t
 
 # --- one partition --------------------------------------------------------------------------------
 def score(partition: Partition, sim: np.ndarray) -> float:
-    """Affinity of a partition (eq. 5 and 6). sim: (T, T) similarities of tasks."""
+    """Score of a partition (eq. 5 and 6). sim: (T, T) similarities of tasks."""
     total = 0.0
     for group in partition:
         for t, u in permutations(group, 2):
@@ -59,8 +59,8 @@ def best_partition(sim: np.ndarray, num_groups: int) -> Partition:
     Args:
         sim: (T, T) similarities of tasks.
     Raises:
-        ValueError: if num_groups is not between 1 and T; for more than ten tasks, unless
-            num_groups is 1 or T; or if a similarity is not a finite number.
+        ValueError: if num_groups is not between 1 and T; if there are more than ten tasks and
+            num_groups is neither 1 nor T; or if sim is not a square matrix of finite numbers.
     """
     check_similarity(sim)
     T = len(sim)
@@ -72,18 +72,22 @@ def best_partition(sim: np.ndarray, num_groups: int) -> Partition:
         return [(t,) for t in range(T)]
     if T > MAX_TASKS:
         raise ValueError(f"the exact search over partitions handles up to {MAX_TASKS} tasks, got "
-                         f"{T}; use extras.budget.near_best_partition")
+                         f"{T}; use extras.budget.near_best_partition, or one group per task in "
+                         "the last stage, which needs no search")
     values = np.asarray(sim).tolist()       # lists are faster to read from than arrays
     candidates = [p for p in partitions(range(T)) if len(p) == num_groups]
     return max(candidates, key=lambda p: score(p, values))
 
 
 def merge_groups(partition: Partition, sim: np.ndarray, num_groups: int) -> Partition:
-    """Algorithm 1: merge the two groups that give the best score, until `num_groups` are left.
+    """Algorithm 1: repeatedly merge the pair of groups whose union gives the best score.
+
+    Stops when `num_groups` groups are left.
 
     Trap: the paper's search starts from score 0, so it returns nothing when all similarities are
     negative. `max` has no such limit, and takes the first if several tie. Raises ValueError if
-    num_groups is impossible, or if a similarity is not a finite number.
+    num_groups is not between 1 and the number of groups, or if sim is not a square matrix of finite
+    numbers.
     """
     check_similarity(sim)
     if not 1 <= num_groups <= len(partition):
@@ -121,16 +125,16 @@ def build_tree(sim: np.ndarray, groups_per_stage: Sequence[int],
         sim: (T, T) similarities of tasks.
         groups_per_stage: number of groups, from the first stage to the last; never decreasing,
             because groups only split on the way to the decoders.
-        search: finds the last stage's partition; for more than ten tasks,
+        search: finds the last stage's partition; for more than ten tasks, use
             extras.budget.near_best_partition.
     Raises:
-        ValueError: if groups_per_stage is impossible, or as in `best_partition`.
+        ValueError: if groups_per_stage does not fit the tasks, or if `search` raises it.
     """
     groups = list(groups_per_stage)
     if groups != sorted(groups) or groups[0] < 1 or groups[-1] > len(sim):
         listed = ",".join(map(str, groups))
         raise ValueError(f"groups {listed} do not fit {len(sim)} tasks: expected one number per "
-                         f"stage, never decreasing, from 1 to at most {len(sim)}")
+                         f"stage, each from 1 to {len(sim)} and never decreasing")
     partition = search(sim, groups[-1])
     tree = [partition]
     for num_groups in reversed(groups[:-1]):
@@ -153,7 +157,7 @@ def uneven_tree(num_tasks: int, groups_per_stage: Sequence[int]) -> list[Partiti
 
 
 def check_tree(tree: Sequence[Partition], num_tasks: int) -> None:
-    """Raise ValueError unless every stage holds each task once and its groups only split."""
+    """Raise ValueError if a stage lacks or repeats a task, has an empty group, or merges groups."""
     for i, partition in enumerate(tree):
         members = sorted(t for group in partition for t in group)
         if members != list(range(num_tasks)) or () in partition:
@@ -164,19 +168,23 @@ def check_tree(tree: Sequence[Partition], num_tasks: int) -> None:
 
 
 def parents(before: Partition, after: Partition) -> list[int]:
-    """For each group of a stage, the index of the group of the previous stage that contains it."""
+    """For each group of a stage, the index of the group of the previous stage that contains it.
+
+    Raises ValueError if no group of the previous stage contains a group of this one.
+    """
     indices = []
     for group in after:
         containing = [i for i, larger in enumerate(before) if set(group) <= set(larger)]
         if not containing:
-            raise ValueError(f"tree: not nested: tasks {group} share a group, but did not in the "
-                             "stage before; groups may only split from stage to stage, never merge")
+            raise ValueError(f"tree: not nested: tasks {group} (numbered from 0) share a group, "
+                             "although the stage before separates them; groups may only split from "
+                             "stage to stage, never merge")
         indices.append(containing[0])
     return indices
 
 
 def routing(tree: Sequence[Partition]) -> tuple[list[list[int]], list[list[int]]]:
-    """How features travel through a tree.
+    """The paths that features take through a tree, as group indices.
 
     Returns:
         parents: for each stage and each of its groups, the index of the group of the previous
@@ -196,9 +204,10 @@ def routing(tree: Sequence[Partition]) -> tuple[list[list[int]], list[list[int]]
 
 # --- trees as text and as files -------------------------------------------------------------------
 def format_tree(tree: Sequence[Partition], names: Sequence[str], choices: Sequence = ()) -> str:
-    """One line per stage: `stage 3   {semseg, depth} {normals}`, then how sure it is, if known.
+    """One line per stage: `stage 3   {semseg, depth} {normals}`.
 
-    choices: one per stage, as stability.stability returns them.
+    choices: for each stage, the Choice of stability.stability, or None. A Choice is written at the
+    end of its stage's line.
     """
     lines = []
     for i, (stage, choice) in enumerate(zip_longest(name_tree(tree, names), choices)):
@@ -211,14 +220,14 @@ def format_tree(tree: Sequence[Partition], names: Sequence[str], choices: Sequen
 
 
 def name_tree(tree: Sequence[Partition], names: Sequence[str]) -> list[list[list[str]]]:
-    """The tree with names of tasks instead of indices, as in a saved file."""
+    """The tree with task names instead of task indices, as in a saved file."""
     return [[[names[t] for t in group] for group in partition] for partition in tree]
 
 
 def read_tree(path: str | Path, names: Sequence[str]) -> list[Partition]:
     """Read and check a saved tree: {"tree": [[["semseg", "depth"], ["normals"]], ...]}.
 
-    Raises ValueError, which names the file, if it is missing or wrong.
+    Raises a ValueError that names the file if it is missing or its content is wrong.
     """
     path = Path(path)
     if not path.is_file():
@@ -228,14 +237,15 @@ def read_tree(path: str | Path, names: Sequence[str]) -> list[Partition]:
     try:
         # utf-8-sig: some editors on Windows start files with a byte order mark
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-        for stage in content["tree"]:
+        stages = content["tree"] if "tree" in content else None     # None: a TypeError
+        for stage in stages:
             partition = [tuple(sorted(index[name] for name in group)) for group in stage]
             tree.append(sorted(partition))
     except KeyError as error:
-        raise ValueError(f"tree: {path}: {error} is missing, or is not one of the tasks "
-                         f"{', '.join(names)}") from error
+        raise ValueError(f"{path}: unknown task {error}; expected the tasks {', '.join(names)}"
+                         ) from error
     except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f'tree: {path}: expected {{"tree": [for each stage, [for each group, '
+        raise ValueError(f'{path}: expected {{"tree": [for each stage, [for each group, '
                          "[names of tasks]]]}") from error
     try:
         check_tree(tree, len(names))

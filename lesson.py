@@ -12,7 +12,7 @@ blocks get small trainable matrices, the adapters. In the first stage all tasks 
 adapters; from stage to stage the tasks split into groups of similar tasks, and each group has its
 own set.
 
-Reference: arXiv 2509.19602. The numbers of equations, sections and algorithms are the paper's.
+Reference: arXiv 2509.19602. Equation, section and algorithm numbers are the paper's.
 """
 
 # %% Setup
@@ -37,17 +37,17 @@ WEIGHT = {"semseg": 1, "edge": 50, "depth": 1, "normals": 10}   # weight of each
 SIZE = 64                                                       # height and width of the images
 
 # %% 1. A room and its labels
-# rooms.py renders a small room with a person, boxes, spheres and cylinders. Because we render it,
-# we know the ground truth of every pixel: its class, whether it lies on an edge, its depth and its
-# surface normal.
+# rooms.py renders small pictures of rooms with a person, boxes, spheres and cylinders. Because they
+# are rendered, we know the ground truth of every pixel: its class, whether it lies on an edge, its
+# depth and its surface normal.
 
 
 def load_rooms(first, count):
-    """Images (count, 3, H, W), and one label tensor per task."""
-    # Random numbers define a room; (0, 0, i) is the seed of room i.
+    """Render `count` rooms, starting at room `first`: images (count, 3, H, W), labels by task."""
+    # A seed defines a room: (0, 0, i) is the seed of room i of the training split.
     samples = [rooms.render_room((0, 0, i), SIZE, SIZE) for i in range(first, first + count)]
     image = torch.stack([sample["image"] for sample in samples]) / 255
-    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)    # the usual normalisation
+    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)    # normalise as for ImageNet
     std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     labels = {}
     for task in TASKS:
@@ -64,10 +64,11 @@ for task in TASKS:
           f"to {labels[task].max():.1f}")
 
 # %% 2. The frozen backbone
-# A small Swin Transformer. It turns the image into patches of 4x4 pixels, and processes them in
-# four stages. Each of the first three ends by merging 2x2 neighbours, so the maps shrink and gain
-# channels; the maps below come after the merging. The backbone was pretrained on other rooms, to
-# find their classes, their edges and the salient object. We never change its weights.
+# The backbone is a small Swin Transformer. It cuts the image into patches of 4x4 pixels, which pass
+# through four stages. Each of the first three stages ends by merging 2x2 neighbours, so the maps
+# shrink and gain channels; the shapes printed below are those after the merging. The backbone was
+# pretrained on other rooms, to find their classes, their edges and the salient object. We never
+# change its weights.
 
 backbone = build_swin("mini")
 weights = torch.load(Path(rooms.__file__).parent / "assets/rooms_mini.pth", weights_only=True)
@@ -151,8 +152,8 @@ def gradient(task, i):
 
 
 def cosine(g, g_other):
-    """Eq. 2. The paper divides both gradients by ||g|| + ||g'|| first. Dividing by a positive
-    number does not change a cosine."""
+    """Eq. 2 as printed: divide both gradients by ||g|| + ||g'||, then take their cosine. The
+    division does not change the cosine."""
     scale = g.norm() + g_other.norm()
     g, g_other = g / scale, g_other / scale
     return (g @ g_other) / (g.norm() * g_other.norm())
@@ -234,7 +235,7 @@ for stage, partition in enumerate(tree):
 # %% 6. The adapter (eq. 4)
 # A linear layer computes y = W x + b. We leave W and b as they are and add a product of two thin
 # matrices: y = W x + b + gamma B (A x). A maps the input to r numbers, B maps them to the output
-# size. B starts at zero, so at first the adapted layer gives the output of the frozen one.
+# size. B starts at zero, so at first the adapted layer's output is that of the frozen layer.
 
 GAMMA, RANK = 4, 12                             # RANK is divided among the groups of a stage
 
@@ -281,7 +282,7 @@ for stage, partition in zip(backbone.layers, tree):
 
 
 def walk(task, image, verbose=False):
-    """The prediction of one task. It uses the adapters of its own group in every stage."""
+    """The prediction of one task, computed with the adapters of its group in every stage."""
     x, maps = backbone.patch_embed(image), []
     for stage, partition in zip(backbone.layers, tree):
         group = next(group for group in partition if TASKS.index(task) in group)
@@ -318,13 +319,13 @@ for step in range(10):
         print(f"   step {step + 1:2}: total {total.item():6.3f}   "
               + "  ".join(f"{t} {losses[t].item():.3f}" for t in TASKS))
 
-# %% 9. The trick of tglora.py: groups are folded into the batch
+# %% 9. The trick in tglora.py: groups are folded into the batch
 # Running the backbone once per task is wasteful: tasks that share a group repeat the same work, and
 # every layer is called four times on a small batch. But W is the same for all groups. So each stage
 # runs once, on one batch of G * B images that holds its groups one after another. With our tree,
-# the four stages process 1 + 2 + 3 + 4 = 10 groups in four large calls, instead of 4 * 4 = 16 in
-# sixteen small ones. Norms, attention and W x work unchanged. Inside a stage, only the adapters
-# take the batch apart.
+# four large calls process 1 + 2 + 3 + 4 = 10 times B images, instead of sixteen small calls with B
+# images each. Norms, attention and W x work unchanged. Inside a stage, only the adapters take the
+# batch apart.
 
 
 def folded_forward(self, x):

@@ -1,14 +1,14 @@
-"""The multi-task network: a backbone that branches as the tree of tasks does, then the decoders.
+"""The multi-task network: a backbone that branches along the tree of tasks, then the decoders.
 
 All groups of a stage run through the same frozen weights, so a stage with G groups processes one
 batch of G*B images, group after group (`tglora.run_stages`). There is no loop over tasks in the
-backbone, and the baselines are special trees:
+backbone. Two of the baselines differ only in the numbers of groups per stage. For four tasks:
 
-    1,2,3,4 groups in the four stages    TGLoRA for four tasks
-    1,1,1,1                              MTL-LoRA: all tasks share everything
-    4,4,4,4                              single-task LoRA: the tasks share only the frozen weights
+    1,2,3,4    TGLoRA
+    1,1,1,1    MTL-LoRA: all tasks share all adapters
+    4,4,4,4    single-task LoRA: in the backbone, the tasks share only the frozen weights
 
-    model = build(config, tasks, tree)      # config: the settings in recipes.py
+    model = build(config, tasks, tree)      # config: from recipes.parse_arguments
     predictions = model(image)              # {"semseg": (B, 40, H, W), ...}
 
 A backbone has `patch_embed`, a list of four stages, and the `channels` of their maps. The list is
@@ -38,16 +38,18 @@ class MultiTaskNet(nn.Module):
     """A backbone that branches between its stages, and one decoder per task.
 
     tasks: objects with `name` and `outputs`. parents[stage][group]: the group of the previous stage
-    that this group continues. group_of[task][stage]: the group whose features the task reads (both
-    from grouping.routing). fused: the channels that the decoders project the four maps to.
+    that this group continues. group_of[task][stage]: the group whose features the task reads. For a
+    tree, grouping.routing computes both. fused: the numbers of channels to which the decoders
+    project the four maps.
     """
 
     def __init__(self, backbone: nn.Module, tasks: Sequence, parents: Sequence[Sequence[int]],
                  group_of: Sequence[Sequence[int]], fused: Sequence[int] = FUSED):
         super().__init__()
         if len(parents) != len(backbone.layers):
-            raise ValueError(f"tree: {len(parents)} stages, but the backbone has "
-                             f"{len(backbone.layers)}")
+            raise ValueError(f"the tree has {len(parents)} stages, but the backbone has "
+                             f"{len(backbone.layers)}; expected one partition of the tasks per "
+                             "stage")
         self.backbone = backbone
         self.parents = parents
         self.group_of = {}
@@ -69,11 +71,11 @@ class MultiTaskNet(nn.Module):
 
 
 def build(config: Namespace, tasks: Sequence, tree: Sequence[Partition]) -> nn.Module:
-    """The network of a run. The same seed gives the same initial weights.
+    """Build the network of a run. The same seed gives the same initial weights.
 
-    config: the settings in recipes.py. tasks: see `MultiTaskNet`. tree: one partition of the tasks
-    per stage; MTLoRA and BDTA ignore it. Raises ValueError if the tree, the rank or the pretrained
-    weights do not fit.
+    config: the settings of a run (recipes.py). tasks: see `MultiTaskNet`. tree: one partition of
+    the tasks per stage; MTLoRA and BDTA ignore the tree. Raises ValueError if the tree, the rank or
+    the pretrained weights do not fit.
     """
     torch.manual_seed(config.seed)
     backbone = build_backbone(config)
@@ -94,7 +96,7 @@ def build(config: Namespace, tasks: Sequence, tree: Sequence[Partition]) -> nn.M
 
 
 def build_backbone(config: Namespace) -> nn.Module:
-    """The backbone with its pretrained weights, if `config.weights` is not "none"."""
+    """The backbone, with pretrained weights unless `config.weights` is "none"."""
     if config.backbone.startswith("pvt_v2_"):
         from extras import pvt
         name = config.backbone.removeprefix("pvt_v2_")
@@ -114,7 +116,10 @@ def build_backbone(config: Namespace) -> nn.Module:
 
 
 def adapt(backbone: nn.Module, tree: Sequence[Partition], config: Namespace) -> None:
-    """TGLoRA: give each group of each stage its adapters, and freeze the rest of the backbone."""
+    """TGLoRA: give each group of each stage its adapters, and freeze the rest of the backbone.
+
+    If `config.layers` ends in +others, the backbone's OTHERS are trained too.
+    """
     layers = config.layers.removesuffix("+others")
     names = backbone.ADAPTED[layers]
     for stage, partition, rank in zip(backbone.layers, tree, stage_ranks(config), strict=True):
@@ -126,9 +131,9 @@ def adapt(backbone: nn.Module, tree: Sequence[Partition], config: Namespace) -> 
 
 
 def stage_ranks(config: Namespace) -> list[int]:
-    """The combined rank of each stage, which its groups share (section 4.3).
+    """For each stage, the combined rank that is split between its groups (section 4.3).
 
-    With --last-rank, every task gets that rank in the last stage, whatever --rank is.
+    With --last-rank, the last stage's combined rank is that value times the number of tasks.
     """
     ranks = [config.rank] * len(config.groups)
     if config.last_rank:
@@ -137,7 +142,8 @@ def stage_ranks(config: Namespace) -> list[int]:
 
 
 def build_mtlora(backbone: nn.Module, tasks: Sequence, config: Namespace) -> MultiTaskNet:
-    """MTLoRA or MTLoRA+: tasks have their own adapters only in the last block of each stage."""
+    """Build MTLoRA or MTLoRA+. Tasks have their own adapters only in the last block of each stage.
+    """
     from extras import mtlora
     parents, group_of = mtlora.routing(len(backbone.layers), len(tasks))
     model = MultiTaskNet(backbone, tasks, parents, group_of, config.fused)

@@ -1,9 +1,9 @@
 """The files of NYUD-v2 and PASCAL-Context: where they are, and how to read them as arrays.
 
-Each dataset has been published in two versions of its archive. Both use the same folder names, but
-for files of different formats, so LAYOUTS lists the alternatives, and the one that exists is read.
-A reader turns a file into an array. It raises ValueError if the file is damaged, or if its
-numbers cannot be right, such as a depth in millimetres.
+Each dataset has been published as two different archives, in which some files differ in folder or
+format, such as .png instead of .npy. LAYOUTS lists the alternatives for each file, and the first
+one that exists is read. A reader turns a file into an array. It raises ValueError if the file is
+damaged, or if its numbers cannot be right, such as a depth in millimetres.
 
     root = find_dataset("nyud", Path("data"))     # data/ holds NYUD_MT/, or NYUD_MT.tgz
     dataset = Files("nyud", root, "train", ["semseg", "depth"])
@@ -35,7 +35,7 @@ from torch.utils.data import Dataset
 from util import progress, reading
 
 # --- names of classes -----------------------------------------------------------------------------
-SEMSEG = {      # in the order of their numbers in our labels
+SEMSEG = {      # {dataset: class names}; the index of a name is its number in our labels
     "nyud": ("wall", "floor", "cabinet", "bed", "chair", "sofa", "table", "door", "window",
              "bookshelf", "picture", "counter", "blinds", "desk", "shelves", "curtain", "dresser",
              "pillow", "mirror", "floor mat", "clothes", "ceiling", "books", "refrigerator",
@@ -58,7 +58,7 @@ PARTS = {
     "llleg": 6, "rlleg": 6, "lfoot": 6, "rfoot": 6,             # lower legs
 }
 
-# The classes of PASCAL-Context (Mottaghi et al., CVPR 2014) that NYUD has as well.
+# The numbers of the PASCAL-Context classes (Mottaghi et al., CVPR 2014) that NYUD has as well.
 NYU_CLASSES = [
     3, 4, 6, 9, 10, 11, 13, 15, 17, 18, 22, 23, 29, 30, 33, 34, 36, 37, 38, 39, 41, 43, 46, 49, 50,
     51, 53, 55, 56, 59, 61, 62, 65, 66, 68, 69, 72, 73, 78, 83, 84, 85, 87, 88, 95, 96, 101, 104,
@@ -72,12 +72,12 @@ NYU_CLASSES = [
 ]
 
 # --- finding a dataset ----------------------------------------------------------------------------
-SPLITS = {"nyud": "gt_sets", "pascal": "ImageSets/Context"}     # where the lists of images are
+SPLITS = {"nyud": "gt_sets", "pascal": "ImageSets/Context"}     # folders of the lists of images
 ARCHIVES = {
     "nyud": ("NYUD_MT.tgz", "NYUDv2.tar.gz"),
     "pascal": ("PASCAL_MT.tgz", "PASCALContext.tar.gz"),
 }
-# These are only used with --download. They may stop working, so errors also name the PAGES.
+# These addresses are only used with --download. They may change, so errors also name the PAGES.
 ADDRESSES = {
     "nyud": "https://data.vision.ee.ethz.ch/kmaninis/share/MTL/NYUD_MT.tgz",
     "pascal": "https://data.vision.ee.ethz.ch/kmaninis/share/MTL/PASCAL_MT.tgz",
@@ -85,14 +85,16 @@ ADDRESSES = {
 PAGES = ("https://github.com/facebookresearch/astmt or "
          "https://github.com/prismformore/Multi-Task-Transformer")
 STAMP = "archive_stamp.txt"     # file in an unpacked folder; identifies the archive it came from
-ABANDONED = 60                  # seconds; a .partial folder unchanged for longer was left behind
+ABANDONED = 60                  # seconds after which an unchanged .partial folder is removed
 
 
 def find_dataset(name: str, source: str | Path, download: bool = False) -> Path:
-    """The folder of dataset `name`, given this folder, a folder around it, or an archive of it.
+    """The folder of dataset `name`.
 
-    download: fetch the archive into `source` if nothing is there. Raises ValueError if there is no
-    dataset, more than one, or a bad archive.
+    source: this folder, a folder at most two levels above it, an archive of the dataset, or a
+    folder with an archive in it. download: if no dataset is found, fetch the archive into `source`.
+    Raises ValueError if the dataset is not found or several folders hold it, or if the archive is
+    damaged, holds something else, or was replaced after it had been unpacked.
     """
     source = Path(source)
     if source.is_file():
@@ -118,7 +120,7 @@ def find_dataset(name: str, source: str | Path, download: bool = False) -> Path:
         try:
             return find_dataset(name, archive)
         except ValueError:
-            archive.unlink()    # it is not the dataset; without it, the next try downloads again
+            archive.unlink()    # delete the wrong file, so that the next try downloads again
             raise
     if source.is_dir():
         problem = f"holds neither {SPLITS[name]}/ nor an archive"
@@ -134,7 +136,7 @@ def fetch_archive(name: str, folder: Path) -> Path:
     from torchvision.datasets.utils import download_url     # slow to import
     archive = folder / ARCHIVES[name][0]
     part = folder / f"{archive.name}.part"
-    part.unlink(missing_ok=True)    # download_url would take a partial file for the whole
+    part.unlink(missing_ok=True)    # download_url would mistake it for the whole file
     print(f"downloading {ADDRESSES[name]} to {archive}", flush=True)
     try:
         download_url(ADDRESSES[name], str(folder), part.name)
@@ -168,7 +170,7 @@ def unpack(name: str, archive: Path) -> Path:
         with tarfile.open(archive) as tar:
             for member in progress(members, "unpacked files"):
                 tar.extract(member, partial, filter="data")
-                os.utime(partial)                   # tells `claim_folder` that work goes on
+                os.utime(partial)                   # tells `claim_folder` we are still busy
         (partial / STAMP).write_text(stamp(archive))
         partial.rename(folder)
     except BaseException:
@@ -192,9 +194,9 @@ def read_members(name: str, archive: Path) -> list[tarfile.TarInfo]:
             path = PurePosixPath(member.name)
             outside = path.is_absolute() or ".." in path.parts
             if outside or not (member.isreg() or member.isdir()):
-                raise ValueError(f"refused, because {member.name!r} in it is not a plain file or "
-                                 "folder, or leads out of the dataset's folder. The published "
-                                 f"archives are documented at {PAGES}")
+                raise ValueError(f"contains {member.name!r}, which is not a plain file or folder, "
+                                 "or leads out of the dataset's folder. Use a published archive; "
+                                 f"they are documented at {PAGES}")
         for split in ("train", "val"):
             expected = f"{SPLITS[name]}/{split}.txt"
             if not any(member.name.endswith(expected) for member in members):
@@ -206,8 +208,8 @@ def read_members(name: str, archive: Path) -> list[tarfile.TarInfo]:
 def claim_folder(folder: Path) -> None:
     """Create a folder. If it exists, first wait for the process that works in it to finish.
 
-    A folder in which nothing has changed for a minute was left behind by a killed process. It is
-    removed and created again.
+    If nothing has changed in the folder for a minute, we assume that a killed process left it
+    behind. It is then removed and created again.
     """
     while True:
         try:
@@ -216,7 +218,7 @@ def claim_folder(folder: Path) -> None:
         except FileExistsError:
             idle = time.time() - folder.stat().st_mtime
         if idle > ABANDONED:
-            print(f"removing {folder}, which was left behind", flush=True)
+            print(f"removing {folder}, probably left behind by a killed process", flush=True)
             shutil.rmtree(folder)
         else:
             print(f"waiting, because another process may be working in {folder}", flush=True)
@@ -243,7 +245,7 @@ def check_stamp(root: Path) -> None:
 
 # --- files of any kind ----------------------------------------------------------------------------
 def read_image(path: Path, mode: str | None = "RGB") -> np.ndarray:
-    """An image file -> (H, W, 3) uint8; (H, W) if mode is "L"; values as stored if it is None."""
+    """An image file -> (H, W, 3) uint8, or (H, W) if mode is "L". None keeps the stored values."""
     with reading(path, "an image"):
         with Image.open(path) as image:
             if mode is not None:
@@ -254,7 +256,7 @@ def read_image(path: Path, mode: str | None = "RGB") -> np.ndarray:
 def read_photo(path: Path) -> np.ndarray:
     """Any photo that Pillow can open -> (H, W, 3) uint8.
 
-    The photo is turned upright if its EXIF data ask for it, and shrunk to at most 2048 pixels per
+    The photo is turned upright according to its EXIF data, and shrunk to at most 2048 pixels per
     side.
     """
     with reading(path, "a photo that Pillow can open"):
@@ -285,7 +287,7 @@ def convert(image: Image.Image, mode: str) -> Image.Image:
 
 
 def read_array(path: Path, integers: bool = False) -> np.ndarray:
-    """A .npy file of floats -> float32, (H, W) or (H, W, channels). Pickled objects are refused.
+    """A .npy file of floats -> float32 of the stored shape. Pickled objects are refused.
 
     integers: accept integers as well. By default they are an error, because integers are often
     millimetres, which would be taken for metres.
@@ -299,25 +301,27 @@ def read_array(path: Path, integers: bool = False) -> np.ndarray:
 
 
 def read_mat(path: Path, variable: str) -> np.ndarray | dict:
-    """One variable of a MATLAB file. Structs become dicts; arrays of structs, lists of dicts."""
+    """One variable of a MATLAB file: an array, or a struct as a dict.
+
+    Inside a struct, an array of several structs becomes a list of dicts.
+    """
     from scipy.io import loadmat        # scipy is needed only for PASCAL
     return loadmat(path, simplify_cells=True)[variable]
 
 
 def read_ids(path: Path) -> list[str]:
-    """The names of a split's images, one per line."""
+    """Read the names of a split's images, one per line. Raises ValueError if one occurs twice."""
     with reading(path, "a text file with one image name per line"):
         ids = path.read_text("utf-8-sig").split()       # with or without a byte order mark
         id, times = Counter(ids).most_common(1)[0]
         if times > 1:
-            raise ValueError(f"lists {id} {times} times, expected each image once")
+            raise ValueError(f"lists image {id!r} {times} times; each image must be listed once")
     return ids
 
 
 # --- labels ---------------------------------------------------------------------------------------
 def read_nyud_classes(path: Path) -> np.ndarray:
-    """Stored: 0 for void, 1 to 40 for the classes. Returned: 255 for void, 0 to 39 for the classes.
-    """
+    """NYUD's classes. The stored 0 (void) becomes 255, and the stored 1 to 40 become 0 to 39."""
     label = read_image(path, mode=None)
     wrong = label[~np.isin(label, range(41))]
     if wrong.size:
@@ -326,7 +330,7 @@ def read_nyud_classes(path: Path) -> np.ndarray:
 
 
 def read_voc_classes(path: Path) -> np.ndarray:
-    """Stored and returned: 0 for the background, 1 to 20 for objects, 255 to ignore."""
+    """PASCAL's classes as they are stored: 0 = background, 1 to 20 = objects, 255 = ignore."""
     label = read_image(path, mode=None)
     wrong = label[~np.isin(label, [*range(21), 255])]
     if wrong.size:
@@ -335,7 +339,7 @@ def read_voc_classes(path: Path) -> np.ndarray:
 
 
 def read_mask(path: Path) -> np.ndarray:
-    """A black-and-white image -> (H, W) uint8 of 0 and 1. Greys above one half become 1.
+    """A black-and-white image -> (H, W) uint8 of 0 and 1. Greys above half of white become 1.
 
     If the image has only one value besides 0, that value becomes 1, however dark it is.
     """
@@ -348,7 +352,7 @@ def read_mask(path: Path) -> np.ndarray:
 def read_edges(path: Path) -> np.ndarray | None:
     """Edges from .npy (0 and 1) or .png (black and white) -> (H, W) uint8 of 0 and 1.
 
-    Returns None if there is no edge at all, because then the edges were not labelled.
+    Returns None if there is no edge at all: such an image is taken to have no edge labels.
     """
     if path.suffix == ".png":
         edges = read_mask(path)
@@ -361,7 +365,10 @@ def read_edges(path: Path) -> np.ndarray | None:
 
 
 def read_depth(path: Path) -> np.ndarray:
-    """Depth in metres -> (H, W, 1) float32. Values that are not finite or not positive become 0."""
+    """Depth in metres -> (H, W, 1) float32. Values that are not finite or not positive become 0.
+
+    Raises ValueError if the median depth is above 80, which can hardly be metres.
+    """
     depth = read_array(path)
     if depth.ndim == 2:
         depth = depth[..., None]
@@ -377,8 +384,9 @@ def read_depth(path: Path) -> np.ndarray:
 def read_normals(path: Path) -> np.ndarray:
     """Unit vectors (x right, y down, z to the camera) -> (H, W, 3) float32, (0, 0, 0) = invalid.
 
-    A .npy file holds them as they are. A .png file holds (v + 1) * 255 / 2, and grey or black
-    where no normal is known.
+    A .npy file holds the vectors v as they are. A .png file holds (v + 1) * 255 / 2, and grey or
+    black where no normal is known. Vectors that are 0.5 to 1.5 long are normalised, and others are
+    invalid. Raises ValueError if more than 10 % of the lengths above 0 differ from 1 by over 0.1.
     """
     if path.suffix == ".png":
         stored = read_image(path)
@@ -392,7 +400,7 @@ def read_normals(path: Path) -> np.ndarray:
     lengths = length[length > 0]
     if lengths.size and (abs(lengths - 1) > 0.1).mean() > 0.1:
         raise ValueError(f"{path} has normals of median length {np.median(lengths):.2f}, expected "
-                         "1; are these unit vectors?")
+                         "1; save them as unit vectors")
     valid = (length > 0.5) & (length < 1.5)
     return np.where(valid, normals / np.maximum(length, 1e-6), 0)
 
@@ -416,9 +424,9 @@ def read_pascal_normals(path: Path, context: Path) -> np.ndarray:
 def read_parts(path: Path) -> np.ndarray | None:
     """PASCAL-Part's .mat file -> (H, W) uint8, 0 for the background and 1 to 6 for body parts.
 
-    Returns None for an image without any person. Parsing is ten times slower than reading an
-    image, so the result is kept as a .png in the dataset's folder. Its name holds a checksum of
-    the .mat file, so that a changed file is parsed again.
+    Returns None if no body part is labelled, as in an image without people. Parsing is ten times
+    slower than reading an image, so the result is kept as a .png in the dataset's folder. The
+    .png's name holds a checksum of the .mat file, so that a changed file is parsed again.
     """
     checksum = zlib.crc32(path.read_bytes())
     png = path.parents[1] / "parsed_human_parts" / f"{path.stem}-{checksum:08x}.png"
@@ -447,7 +455,7 @@ def parse_parts(annotation: dict) -> np.ndarray:
 
 
 def as_list(value: dict | np.ndarray | list) -> list:
-    """scipy simplifies an array of one struct to the struct itself. This undoes it."""
+    """A list of structs. (scipy simplifies an array that holds one struct to the struct itself.)"""
     return [value] if isinstance(value, dict) else list(value)
 
 
@@ -462,12 +470,13 @@ def keep(label: np.ndarray, path: Path) -> None:
         Image.fromarray(label).save(temporary, "png")
         temporary.replace(path)
     except OSError:
-        if temporary.exists():      # the disk is full; on a read-only disk, no file was made
+        if temporary.exists():      # for example, if the disk is full
             temporary.unlink()
 
 
 # --- the datasets ---------------------------------------------------------------------------------
-# For the image and each task: the reader, then the alternative files for each of its arguments.
+# For the image and each task: the function that reads it, then the alternative files for each
+# argument of that function.
 LAYOUTS = {
     "nyud": {
         "image": (read_image, ["images/{}.jpg", "images/{}.png"]),
@@ -485,16 +494,16 @@ LAYOUTS = {
                     ["pascal-context/trainval/{}.mat"]),
     },
 }
-CHANNELS = {"image": (3,), "depth": (1,), "normals": (3,)}      # the others are (H, W)
+CHANNELS = {"image": (3,), "depth": (1,), "normals": (3,)}      # other labels are (H, W)
 
 
 class Files(Dataset):
     """One split of NYUD-v2 or PASCAL-Context, read from the folder `root`.
 
     A sample holds "image" (3, H, W) uint8 and the labels of `tasks`: (H, W) uint8 or
-    (channels, H, W) float32. Raises ValueError if a label does not have the size of its image.
-    complete: raise ValueError at once if any file is missing. (extras.check turns this off, to list
-    all missing files.)
+    (channels, H, W) float32. Reading a sample raises ValueError if a label's size differs from its
+    image's. complete: raise ValueError at once if any file is missing. (extras.check turns this
+    off, to list all missing files.)
     """
 
     def __init__(self, name: str, root: Path, split: str, tasks: Sequence[str],
@@ -526,14 +535,14 @@ class Files(Dataset):
         return paths
 
     def read(self, task: str, id: str, size: tuple[int, ...] | None = None) -> np.ndarray:
-        """A task's label (or "image"), (H, W) or (H, W, channels).
+        """Read a task's label (or "image"): (H, W) or (H, W, channels).
 
         size: the (H, W) of the image, which a label must have.
         """
         paths = self.paths(task, id)
         reader = self.layout[task][0]
         value = reader(*paths)
-        if value is None:               # nothing was labelled
+        if value is None:               # nothing was labelled: ignore all pixels
             value = np.full(size, 255, np.uint8)
         if size is None:
             size = value.shape[:2]

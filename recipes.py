@@ -1,11 +1,12 @@
-"""Every knob of a run: its flag, its default for each dataset, and the reason for it.
+"""Every knob of a run: its flag, its default for each dataset, and an explanation.
 
     python train.py --dataset nyud --help        # this table, as help text
     config = parse_arguments(["--dataset", "nyud", "--rank", "32"])
     config.rank, config.lr                       # 32, 1e-4
 
-Values are written as you would type them. Sections and tables are those of arXiv 2509.19602, unless
-another paper is named. For your own dataset, copy the recipe of another one and change it:
+A default that is a string is parsed as if you had typed it. Section, table and equation numbers
+refer to arXiv 2509.19602, unless another paper is named. For your own dataset, copy another
+dataset's recipe and change it:
 
     RECIPES["photos"] = {**RECIPES["nyud"], "tasks": "semseg,depth"}
 """
@@ -24,9 +25,9 @@ from model import METHODS
 from util import read_checkpoint
 
 
-# --- how values are typed -------------------------------------------------------------------------
+# --- parsers of values ----------------------------------------------------------------------------
 def number(low: float, high: float, convert: Callable = float) -> Callable[[str], float]:
-    """A parser for one number between `low` and `high`, both included."""
+    """A parser for one number from `low` to `high`, inclusive."""
     def parse(text: str) -> float:
         try:
             value = convert(text)
@@ -44,7 +45,7 @@ def integer(low: int, high: int = 10 ** 9) -> Callable[[str], int]:
 
 
 def listed(parse_item: Callable, separator: str = ",") -> Callable[[str], tuple]:
-    """A parser for a list of at least one item, none of them empty."""
+    """A parser for items separated by `separator`. Refuses empty items."""
     def parse(text: str) -> tuple:
         items = text.split(separator)
         if "" in items:
@@ -55,26 +56,27 @@ def listed(parse_item: Callable, separator: str = ",") -> Callable[[str], tuple]
 
 
 def size(text: str) -> tuple[int, int]:
-    """"448" is 448x448; "448x576" is a height and a width."""
+    """Parse "448" or "448x448" as (448, 448), and "448x576" as height 448 and width 576."""
     sides = listed(integer(32, 4096), "x")(text)
     if len(sides) > 2:
-        raise argparse.ArgumentTypeError(f"expected 448 or 448x576, got {text!r}")
+        raise argparse.ArgumentTypeError("expected a size such as 448 or 448x576 (height x width), "
+                                         f"got {text!r}")
     return sides[0], sides[-1]
 
 
 def scales(text: str) -> tuple[float, ...]:
-    """"1,1.2,1.5" lists zoom factors; "0.75:1.25" means 101 evenly spaced ones in this range."""
+    """Parse zoom factors: "1,1.2,1.5" is a list; "0.75:1.25" is 101 evenly spaced values."""
     zoom = number(0.1, 10)
     if ":" not in text:
         return listed(zoom)(text)
     ends = listed(zoom, ":")(text)
     if len(ends) != 2:
-        raise argparse.ArgumentTypeError(f"expected LOW:HIGH, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected LOW:HIGH, such as 0.75:1.25, got {text!r}")
     return tuple(np.linspace(*ends, 101).tolist())
 
 
-SWITCH = "switch"       # --flip or --no-flip
-FLAG = "flag"           # --compile; off unless given
+SWITCH = "switch"       # can be turned on and off, as with --flip and --no-flip
+FLAG = "flag"           # off unless it is given, as with --compile
 
 
 # --- the table ------------------------------------------------------------------------------------
@@ -98,90 +100,112 @@ WORKERS = min(4, os.cpu_count() or 1)
 TABLE = {
     "data": [
         Knob("tasks", listed(str), "human_parts,sal,depth,normals", "semseg,normals,depth",
-             "semseg,human_parts,sal,normals", "tasks to learn; each gets a decoder"),
+             "semseg,human_parts,sal,normals", "tasks to learn, separated by commas"),
         same("data_root", str, "data", "folder of the dataset, or its archive"),
-        same("download", FLAG, False, "fetch the dataset's archive into --data-root"),
-        same("train_rooms", integer(1, 10 ** 5), 600, "rooms: number of training images"),
-        same("val_rooms", integer(1, 10 ** 5), 64, "rooms: number of validation images"),
-        same("room_seed", integer(0, 2 ** 32), 0, "rooms: seed of the training rooms; the "
-             "validation rooms are always the same"),
-        Knob("size", size, "112", "448", "448", "size of the network's input: 448 for a "
-             "square, or HEIGHTxWIDTH (section 4.1)"),
-        Knob("workers", integer(0, 256), 0, WORKERS, WORKERS, "processes that load data; rooms are "
-             "kept in memory and need none"),
-        Knob("cache", SWITCH, True, False, False, "keep all decoded images in memory"),
+        same("download", FLAG, False, "download the dataset's archive into --data-root, if the "
+             "dataset is not there yet"),
+        same("train_rooms", integer(1, 10 ** 5), 600, "number of rendered training images, "
+             "for --dataset rooms"),
+        same("val_rooms", integer(1, 10 ** 5), 64, "number of rendered validation images, "
+             "for --dataset rooms"),
+        same("room_seed", integer(0, 2 ** 32), 0, "seed of the rendered training images, for "
+             "--dataset rooms; the validation images do not depend on it"),
+        Knob("size", size, "112", "448", "448", "size of the network's input: one number "
+             "for a square (the paper uses 448, section 4.1), or HEIGHTxWIDTH"),
+        Knob("workers", integer(0, 256), 0, WORKERS, WORKERS, "number of processes that load data; "
+             "0 for rooms, which are kept in memory"),
+        Knob("cache", SWITCH, True, False, False, "keep all images and labels in memory"),
     ],
     "augmentation": [
         same("flip", SWITCH, True, "mirror each image with probability 1/2"),
-        Knob("scales", scales, "1", "1,1.2,1.5", "0.75:1.25", "zoom by one of these factors, or by "
-             "one in a range LOW:HIGH; images of rooms are too small to zoom"),
-        Knob("rotate", number(0, 180), 0, 0, 20, "turn each image by up to this many degrees"),
+        Knob("scales", scales, "1", "1,1.2,1.5", "0.75:1.25", "zoom each image by a random factor "
+             "from this list or range LOW:HIGH; 1 for rooms, whose images are too small to zoom"),
+        Knob("rotate", number(0, 180), 0, 0, 20, "rotate each image by a random angle of up to "
+             "this many degrees in either direction"),
     ],
     "network": [
-        Knob("backbone", str, "mini", "tiny", "tiny", "a preset of swin.py (mini, tiny, small, "
-             "base) or of extras/pvt.py (pvt_v2_b0 ... pvt_v2_b5)"),
-        Knob("weights", str, "rooms_mini.pth", "imagenet", "imagenet", "pretrained backbone: "
-             "imagenet, torchvision, none (random), or the path of a checkpoint"),
+        Knob("backbone", str, "mini", "tiny", "tiny", "network to adapt: a Swin Transformer (mini, "
+             "tiny, small, base) or a PVT v2 (pvt_v2_b0 ... pvt_v2_b5)"),
+        Knob("weights", str, "rooms_mini.pth", "imagenet", "imagenet", "pretrained weights of "
+             "the backbone: imagenet, torchvision, none (random), or the path of a checkpoint"),
         Knob("rank", integer(1, 4096), 20, 63, 64, "combined rank of a linear layer's adapters, "
-             "split by group size (4.3); nyud's 63 is divisible by its three tasks"),
+             "divided among the groups in proportion to their number of tasks (section 4.3); "
+             "nyud's default of 63 is divisible by its number of tasks, 3. For mtlora: the rank of "
+             "the shared adapters; for mtlora+: the rank of each adapter"),
         Knob("last_rank", integer(1, 4096), None, None, 4, "rank per task in the last stage, "
-             "whatever --rank is (4.3)"),
+             "used there instead of --rank (section 4.3)"),
         same("layers", ("attn", "attn+mlp", "attn+mlp+others"), "attn+mlp", "linear layers that "
-             "get adapters; with others, norms, patch layers and position biases are trained too "
-             "(table 1)"),
-        Knob("dropout", number(0, 0.99), 0, 0.05, 0.05, "dropout on the adapters' input; rooms are "
-             "trained too briefly to overfit"),
-        Knob("drop_path", number(0, 0.99), 0, 0.2, 0.2, "stochastic depth: rate of the last block, "
-             "rising from 0 in the first"),
+             "get adapters: those of the attention (attn), or also those of the MLPs (attn+mlp); "
+             "+others also trains norms, patch layers and position biases (table 1)"),
+        Knob("dropout", number(0, 0.99), 0, 0.05, 0.05, "dropout on the adapters' input; 0 for "
+             "rooms, whose runs are too short to overfit"),
+        Knob("drop_path", number(0, 0.99), 0, 0.2, 0.2, "drop rate of stochastic depth in the last "
+             "block; the rate rises linearly from 0 in the first block"),
         Knob("fused", listed(integer(1, 4096)), "6,12,24,48", "18,36,72,144", "18,36,72,144",
-             "channels that the decoders project the four maps to; 18,36,72,144 are the widths of "
-             "HRNet W18"),
+             "numbers of channels to which the decoders project the backbone's four feature maps; "
+             "18,36,72,144 are the widths of HRNet W18"),
     ],
     "similarity and tree": [
         same("groups", listed(integer(1)), None, "number of task groups in each of the four "
-             "stages; default: the paper's for this many tasks (4.4)"),
-        same("tree", str, None, "use the tree in this file (tree.json of a run)"),
+             "stages; default: as in section 4.4, such as 1,2,3,4 for four tasks and 1,1,2,3 for "
+             "three"),
+        same("tree", str, None, "file with the tree to use, such as the tree.json of a run; the "
+             "similarity is then not measured"),
         Knob("sim_images", integer(1), 192, 200, 200, "number of training images to measure the "
-             "similarity on; our choice, because the paper gives no number"),
-        Knob("head_epochs", integer(1), 6, 20, 20, "epochs of training the decoders on those "
-             "images before that (4.4); our choice"),
-        same("head_lr", number(1e-9, 10), 2e-3, "learning rate of that training; falls linearly "
-             "to 0"),
-        same("normalize", ("none", "elementwise"), "none", "normalisation in eq. 2; elementwise is "
-             "Task2Vec's"),
-        same("tree_only", FLAG, False, "write the tree and stop, without training"),
+             "similarity on; the default is our choice, because the paper gives no number"),
+        Knob("head_epochs", integer(1), 6, 20, 20, "epochs for which the decoders are trained on "
+             "the --sim-images images before the similarity is measured (section 4.4); the default "
+             "is our choice"),
+        same("head_lr", number(1e-9, 10), 2e-3, "learning rate of the decoders during "
+             "--head-epochs; it falls linearly to 0"),
+        same("normalize", ("none", "elementwise"), "none", "normalisation of the gradients in eq. "
+             "2; elementwise is Task2Vec's normalisation, and none omits the paper's, which does "
+             "not change a cosine"),
+        same("tree_only", FLAG, False, "stop after writing the tree, without training the "
+             "network"),
     ],
     "optimisation": [
         Knob("epochs", integer(1), 4, 300, 300, "passes over the training images (section 7)"),
-        Knob("batch_size", integer(1), 8, 6, 32, "images per step (section 7)"),
-        same("accumulate", integer(1), 1, "compute each batch in this many parts, to save memory; "
-             "BatchNorm and class balance then see one part at a time"),
-        Knob("lr", number(1e-12, 10), 2e-3, 1e-4, 3.125e-5, "peak learning rate; pascal's is the "
-             "published 5e-4 times batch size / 512, a scaling that MTLoRA's code applies"),
-        same("warmup", number(0, 0.99), 20 / 300, "share of the run before the peak learning rate; "
-             "in the paper 20 of 300 epochs"),
-        same("weight_decay", number(0, 10), 0.05, "of AdamW; 1-D weights and bias tables have none "
-             "(section 7)"),
+        Knob("batch_size", integer(1), 8, 6, 32, "images per step, summed over all GPUs (section "
+             "7)"),
+        same("accumulate", integer(1), 1, "compute each batch in at most this many parts, one "
+             "after another, to save memory; BatchNorm and saliency's class weights then see one "
+             "part at a time"),
+        Knob("lr", number(1e-12, 10), 2e-3, 1e-4, 3.125e-5, "peak learning rate; for pascal, the "
+             "published 5e-4 times 32 / 512, because MTLoRA's code scales it by batch size / 512"),
+        same("warmup", number(0, 0.99), 20 / 300, "share of the run in which the learning rate "
+             "rises to its peak; in the paper, this takes 20 of 300 epochs"),
+        same("weight_decay", number(0, 10), 0.05, "weight decay of AdamW (section 7); 1-D weights "
+             "and position-bias tables do not decay"),
         same("clip", number(1e-6, 1e6), 5.0, "limit on the norm of the gradient, as in MTLoRA's "
              "code"),
-        same("seed", integer(0, 2 ** 32), 0, "the same seed gives the same run"),
+        same("seed", integer(0, 2 ** 32), 0, "seed for initial weights, shuffling, augmentation "
+             "and dropout"),
     ],
     "machine": [
-        same("device", str, "cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, mps ..."),
-        same("amp", ("auto", "bf16", "fp16", "off"), "auto", "mixed precision; auto: only on CUDA"),
-        same("compile", FLAG, False, "use torch.compile: minutes of compiling, then faster steps"),
+        same("device", str, "cuda" if torch.cuda.is_available() else "cpu", "device to train "
+             "on, such as cpu, cuda or mps"),
+        same("amp", ("auto", "bf16", "fp16", "off"), "auto", "mixed precision; auto means "
+             "bf16 or fp16 on a CUDA GPU, and off elsewhere"),
+        same("compile", FLAG, False, "use torch.compile: compiling takes minutes, but "
+             "the steps after that are usually faster"),
     ],
     "the run": [
-        same("out", str, None, "folder of the run, which must not exist yet; default runs/DATASET"),
-        same("resume", FLAG, False, "continue the run in --out with its own flags"),
-        Knob("eval_every", integer(1), 1, 20, 20, "epochs between two evaluations"),
-        Knob("log_every", integer(1), 10, 20, 20, "steps between two log lines"),
-        same("baseline", listed(str), None, "metrics.json of single-task runs: one file for all "
-             "tasks, or one per task; the best epoch is then chosen by delta-m"),
+        same("out", str, None, "folder of the run (default: runs/DATASET); a new run needs a new "
+             "folder"),
+        same("resume", FLAG, False, "continue the run in --out with the flags it was started "
+             "with"),
+        Knob("eval_every", integer(1), 1, 20, 20, "epochs between two evaluations; the last "
+             "epoch is always evaluated"),
+        Knob("log_every", integer(1), 10, 20, 20, "steps between two log lines; each epoch "
+             "also ends with a log line"),
+        same("baseline", listed(str), None, "single-task results to compare with: one file for all "
+             "tasks, such as baselines/nyud.json, or one metrics.json per task, separated by "
+             "commas; the run then reports delta-m and chooses its best epoch by delta-m"),
     ],
 }
-DATASET_HELP = ("rooms (default; rendered, nothing to download), nyud, pascal, or your own after "
-                "its file is imported")
+DATASET_HELP = ("rooms (default; rendered, nothing to download), nyud or pascal; "
+                "examples/own_dataset.py shows how to add your own")
 METHOD_HELP = ("tglora (default); full: fine-tune everything; decoders: train only the decoders; "
                "mtlora, mtlora+ and bdta: see extras/")
 
@@ -189,11 +213,12 @@ RECIPES = {dataset: {knob.name: getattr(knob, dataset)
                      for knobs in TABLE.values() for knob in knobs}
            for dataset in ("rooms", "nyud", "pascal")}
 
-# --method bdta, except on rooms: section 4.1 of its paper, which mentions neither dropout nor
-# warm-up.
+# Changes to a dataset's recipe for --method bdta, except on rooms. They follow section 4.1 of the
+# BDTA paper. Warm-up, dropout and drop path are 0, because that section does not mention them.
 BDTA = dict(batch_size=8, lr=4e-4, weight_decay=1e-4, warmup=0, dropout=0, drop_path=0)
 
-# Flags that a method has no use for. Giving one is an error, because it would change nothing.
+# Network and tree flags that a method would ignore. Giving one is an error. The similarity flags
+# are not listed, although they too have no effect if no similarity is measured.
 NO_GROUPS = {"groups", "tree", "layers", "last_rank"}
 UNUSED = {
     "tglora": set(),
@@ -213,17 +238,19 @@ MAY_CHANGE = {"out", "resume", "data_root", "download", "device", "workers", "ca
 def paper_groups(num_tasks: int) -> tuple[int, ...]:
     """The number of groups in each stage: 1,2,3,4 for four tasks, 1,1,2,3 for three (section 4.4).
 
-    The first stage has one group. The others have T - 2, T - 1 and T groups, but at least one.
+    The first stage has one group. For T tasks, the others have T - 2, T - 1 and T groups, but at
+    least one.
     """
     return 1, max(1, num_tasks - 2), max(1, num_tasks - 1), num_tasks
 
 
 # --- the command line -----------------------------------------------------------------------------
 def make_parser(recipe: dict[str, Any], dataset: str) -> argparse.ArgumentParser:
-    """A parser of all flags that returns only those that were typed."""
+    """A parser for all flags. Its result holds only the flags that were typed."""
     parser = argparse.ArgumentParser(
         description="Train TGLoRA on one or more GPUs, or on a CPU. recipes.py lists all flags. "
-        f"The defaults shown are those of --dataset {dataset}.",
+        f"The defaults shown are those of --dataset {dataset}. Section, table and equation "
+        "numbers refer to arXiv 2509.19602.",
         argument_default=argparse.SUPPRESS, allow_abbrev=False)
     parser.add_argument("--dataset", choices=list(RECIPES), help=DATASET_HELP)
     parser.add_argument("--method", choices=METHODS, help=METHOD_HELP)
@@ -247,8 +274,8 @@ def make_parser(recipe: dict[str, Any], dataset: str) -> argparse.ArgumentParser
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """All settings of a run: the flags that were typed, and the dataset's recipe for the rest.
 
-    With --resume, the rest comes from the run's last.pt instead; ValueError if it cannot be read.
-    Exits with a usage message if a flag is wrong.
+    With --resume, the rest comes from the run's last.pt instead. Raises ValueError if that file
+    cannot be read. Exits with a usage message if a flag is wrong.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--dataset", default="rooms")
@@ -279,7 +306,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def defaults(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The values of a recipe, parsed as if they had been typed."""
+    """The values of a recipe, with strings parsed as if they had been typed."""
     values = {}
     for knob in (knob for knobs in TABLE.values() for knob in knobs):
         value = recipe[knob.name]
@@ -291,14 +318,15 @@ def defaults(recipe: dict[str, Any]) -> dict[str, Any]:
 
 def continued(out: str, typed: dict[str, Any],
               parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The settings of the run in `out`, updated by the typed flags.
+    """The settings of the run in `out`, updated with the typed flags.
 
-    Exits with a usage message if a typed flag may not be changed. Raises ValueError if last.pt is
-    missing or damaged.
+    Exits with a usage message if a typed flag would change a setting that is not in MAY_CHANGE.
+    Raises ValueError if last.pt is missing or damaged.
     """
     path = Path(out) / "last.pt"
     if not path.is_file():
-        raise ValueError(f"nothing to resume: no file {path}; start the run without --resume")
+        raise ValueError(f"nothing to resume: no file {path}; check --out, or start the run "
+                         "without --resume")
     saved = read_checkpoint(path)["config"]
     for name, value in typed.items():
         if name not in MAY_CHANGE and value != saved[name]:

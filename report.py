@@ -1,8 +1,8 @@
-"""How a run shows its results: the table of metrics, predictions as pictures, curves, the tree.
+"""The results of a run: a table of metrics, and PNG files of predictions, curves and the tree.
 
-A picture is a tensor (3, H, W) with values from 0 to 1, where H W are pixels. Each task knows the
-colours of its own values (`colours` in tasks.py). Files are drawn with Pillow, which torchvision
-needs anyway.
+A picture is a tensor (3, H, W) with values from 0 to 1. H and W are in pixels. Each task turns its
+own values into colours (`colours` in tasks.py). The PNG files are drawn with Pillow, which
+torchvision needs anyway.
 """
 
 import json
@@ -22,7 +22,7 @@ from nyud_pascal import read_photo
 
 # --- text -----------------------------------------------------------------------------------------
 def format_line(tasks: Sequence, result: dict) -> str:
-    """The validation loss and each task's main metric in one line; delta-m if it is known."""
+    """The validation loss and each task's main metric in one line, with delta-m if known."""
     parts = [f"validation loss {result['loss']:.4f}"]
     for task in tasks:
         value = result["results"][task.name][task.metric]
@@ -37,8 +37,8 @@ def format_table(tasks: Sequence, result: dict, reference: dict,
     """The result of `evaluate` as a table: each metric next to the best constant prediction's.
 
     reference: metrics of the best constant, from eval.reference. size: (H, W) of the images, or
-    None if they kept their own. A star marks the metric that papers compare; up or down says which
-    way is better.
+    None if each kept its own size. A star marks the metric that papers compare; up or down says
+    which way is better.
     """
     where = f"at {size[0]}x{size[1]}" if size else "at their own size"
     rows = [f"{result['images']} images {where}, loss {result['loss']:.4f}",
@@ -77,10 +77,11 @@ def legend(task) -> list[tuple[str, Tensor]]:
 
 def place_legends(entries: dict[str, list], font: ImageFont.FreeTypeFont, line: int, left: int,
                   right: int) -> list[tuple[float, int, str, Tensor | None]]:
-    """Lay out all legends: (x, line number, text, colour of the square in front of the text).
+    """Lay out all legends, one below the other: each name, with its captions wrapped next to it.
 
-    entries: {name: [(caption, colour)]}. They fill the width from left to right, and `line` is the
-    height of a line in pixels. A name has no square, and its captions wrap in a column next to it.
+    entries: {name: [(caption, colour)]}. line: height of a line. left, right: edges of the legends.
+    Returns (x, line number, text, colour) for each name and caption. A caption has a square of its
+    colour at x; a name has no square, and its colour is None. Both texts start at x + line.
     """
     words, number = [], 0
     indent = left + line + max(font.getlength(name) for name in entries)
@@ -101,10 +102,11 @@ def place_legends(entries: dict[str, list], font: ImageFont.FreeTypeFont, line: 
 
 def draw_grid(path: Path, titles: Sequence[str],
               rows: Sequence[tuple[str, Sequence[Tensor | None]]], tasks: Sequence) -> None:
-    """Write a PNG of equally large pictures, with legends at the bottom.
+    """Write a PNG with a grid of pictures of equal size, and legends at the bottom.
 
-    titles: one above each column. rows: (name, pictures); the name is written on the left, and a
-    picture may be None, but not the first one. Pictures smaller than 200 pixels are enlarged.
+    titles: one above each column. rows: (name, pictures); the name is written on the left. A
+    picture may be None, except the very first, which gives the size. If its longer side is below
+    200 pixels, all pictures are enlarged.
     """
     height, width = rows[0][1][0].shape[1:]
     zoom = math.ceil(200 / max(height, width))
@@ -166,9 +168,11 @@ def draw_photos(photos: Sequence[Path], folder: Path, predict: Callable, tasks: 
                 size: tuple[int, int] | None, device: torch.device) -> list[Path]:
     """Draw every task's prediction for each photo, as folder/NAME.predicted.png.
 
-    Predictions have the size of the photo. size: (H, W) of the network's input; None means the
-    photo's own. Returns the paths. A photo that cannot be read does not stop the others: a
-    ValueError at the end names it.
+    If that file exists, a number is added to the name. Predictions are drawn at the size of the
+    photo. A photo above 2048 pixels per side is shrunk first, and a picture below 200 pixels is
+    enlarged. size: (H, W) of the network's input; None means the size of the photo. Returns the
+    paths. If a photo cannot be read or is too small, the others are still drawn, and then a
+    ValueError names that photo.
     """
     errors, paths = [], []
     for photo in photos:
@@ -185,7 +189,7 @@ def draw_photos(photos: Sequence[Path], folder: Path, predict: Callable, tasks: 
 @torch.no_grad()
 def draw_photo(photo: Path, folder: Path, predict: Callable, tasks: Sequence,
                size: tuple[int, int] | None, device: torch.device) -> Path:
-    """`draw_photos` for one photo. Raises ValueError if it cannot be read or is too small."""
+    """Like `draw_photos`, for one photo. Raises ValueError if it cannot be read or is too small."""
     pixels = torch.from_numpy(read_photo(photo)).permute(2, 0, 1)       # (3, H, W)
     own_size = tuple(pixels.shape[1:])
     if min(own_size) < 4:
@@ -212,7 +216,7 @@ SMALL = 13              # font size
 
 
 def draw_curves(path: Path, log: Path, tasks: Sequence) -> None:
-    """Write a PNG from log.jsonl: each task's training loss and, below it, its metric."""
+    """Write a PNG from a run's log.jsonl: each task's training loss with its metric below."""
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     last_step = max(line["step"] for line in lines)
     width, height = PLOT[0] + 2 * MARGIN, PLOT[1] + 2 * MARGIN
@@ -236,8 +240,8 @@ def draw_plot(pen: ImageDraw.ImageDraw, x: int, y: int, title: str,
               points: Sequence[tuple[float, float | None]], last_step: int) -> None:
     """Draw one plot, whose top left corner is at (x, y): a frame with a margin on all sides.
 
-    points: (step, value); a value that is None or not finite is left out. Each axis has a number
-    at both ends.
+    points: (step, value); a value that is None or not finite is left out. The axes are labelled
+    with the lowest and highest value, and with step 0 and the last step.
     """
     font = ImageFont.load_default(SMALL)
     left, top = x + MARGIN, y + MARGIN
@@ -273,10 +277,10 @@ ROW = 30                # height of a row, in pixels
 
 
 def draw_tree(path: Path, source: Path) -> None:
-    """Write a PNG of a tree.json: the similarities with their standard errors, and the tree.
+    """Write a PNG from a tree.json: the tree and, above it, the similarities if the file has them.
 
-    Tasks are columns, in an order that keeps groups together. Each stage is a row, each group a
-    box.
+    Tasks are columns, in an order that keeps groups together. Each stage is a row, and each group
+    is a box.
     """
     saved = json.loads(source.read_text())
     tasks, tree, similarity = saved["tasks"], saved["tree"], saved.get("similarity")
@@ -294,7 +298,10 @@ def draw_tree(path: Path, source: Path) -> None:
         pen.text((10, y + ROW / 2), text, "black", font, anchor="lm")
 
     def box(column: int, y: int, texts: Sequence[str], **colours) -> None:
-        """A box around `texts`, one per column. Column -1 is the first one of the picture."""
+        """Draw one box from `column` on, with one text in each of the columns that it spans.
+
+        Column -1 is to the left of the tasks.
+        """
         left, right = wide * (column + 1), wide * (column + 1 + len(texts))
         pen.rounded_rectangle((left + 4, y + 2, right - 4, y + ROW - 2), 6, **colours)
         for i, text in enumerate(texts):

@@ -1,16 +1,17 @@
-"""Rendered rooms: a small ray caster that gives images with exact labels, of any size.
+"""Rendered rooms: a small ray caster that makes images of any size, with exact labels.
 
-A room contains a person made of capsules, and up to seven objects: furniture made of boxes,
-spheres and cylinders. Surfaces have textures, and one lamp lights them. The nearest object or
+A room contains a person made of capsules, and up to seven objects: spheres, cylinders, and
+furniture made of boxes. Surfaces have textures, and one lamp lights them. The nearest object or
 person is the salient one. There is nothing to download and no label noise, so the whole method can
-be run, taught and tested on these images. Room (seed, split, i) is the same on every machine.
+be run, taught and tested on these images. Room (seed, split, i) is the same on every machine, up to
+rounding.
 
     sample = render_room((0, 0, 7), 112, 112)       # the image and all labels
 
 World coordinates are in metres: x and y on the floor, z up. A ray is o + t * d. Each `hit_...`
-function takes rays from o (3,) along d (P, 3), and returns t (P,) of the nearest hit, inf if the
-ray misses, and the surface normal there (P, 3). P is the number of rays. The order in which random
-numbers are drawn defines a room: changing it changes every image.
+function takes P rays from o (3,) along d (P, 3), and returns two arrays: t (P,) of the nearest hit,
+or inf if the ray misses, and the surface normal (P, 3) at the hit. The order in which random
+numbers are drawn defines a room: changing the order changes the images.
 """
 
 from collections.abc import Sequence
@@ -26,8 +27,9 @@ ROOM_CLASSES = ("floor", "ceiling", "wall", "box", "sphere", "cylinder", "person
 FLOOR, CEILING, WALL, BOX, SPHERE, CYLINDER, PERSON = range(7)
 HEAD, TORSO, UPPER_ARM, LOWER_ARM, UPPER_LEG, LOWER_LEG = range(1, 7)       # 0: no person
 SALIENT = 0.01                  # a salient object covers at least this share of the image
-HIDDEN = 0.3                    # each object may hide at most this share of the visible person
-FOLD = np.cos(np.deg2rad(30))   # an edge is where the normals of neighbouring pixels differ by more
+HIDDEN = 0.3                    # an object may hide at most this share of the person's visible
+                                # pixels that are near the object in the image
+FOLD = np.cos(np.deg2rad(30))   # neighbouring normals more than 30 degrees apart make an edge
 
 
 # --- shapes ---------------------------------------------------------------------------------------
@@ -37,7 +39,10 @@ def dot(a: Array, b: Array) -> Array:
 
 
 def hit_slabs(o: Array, d: Array, low: Array, high: Array, inside: bool) -> tuple[Array, Array]:
-    """An axis-aligned box from `low` to `high`, seen from outside, or from inside (the room)."""
+    """Intersect rays with an axis-aligned box between the corners `low` and `high`.
+
+    inside: whether the box is seen from inside, as the room is.
+    """
     with np.errstate(divide="ignore", invalid="ignore"):
         t0 = (low - o) / d
         t1 = (high - o) / d
@@ -58,9 +63,9 @@ def hit_slabs(o: Array, d: Array, low: Array, high: Array, inside: bool) -> tupl
 
 
 def hit_sphere(o: Array, d: Array, radius: float) -> tuple[Array, Array]:
-    """A sphere around the origin.
+    """Intersect rays with a sphere around the origin.
 
-    If o and d are projected onto a plane through the origin first, the shape is an infinite
+    If o and d are first projected onto a plane through the origin, the shape is an infinite
     cylinder whose axis is perpendicular to that plane.
     """
     a = dot(d, d)                                                       # |o + t d|^2 = radius^2
@@ -75,7 +80,7 @@ def hit_sphere(o: Array, d: Array, radius: float) -> tuple[Array, Array]:
 
 
 def hit_cylinder(o: Array, d: Array, radius: float, height: float) -> tuple[Array, Array]:
-    """A cylinder that stands on z = 0 around the z axis, with a lid."""
+    """Intersect rays with a cylinder around the z axis, from z = 0 to a lid at z = `height`."""
     flat = np.array([1.0, 1.0, 0.0])
     up = np.array([0.0, 0.0, 1.0])
     t, normal = hit_sphere(o * flat, d * flat + 1e-12, radius)
@@ -93,7 +98,10 @@ def hit_cylinder(o: Array, d: Array, radius: float, height: float) -> tuple[Arra
 
 
 def hit_capsule(o: Array, d: Array, a: Array, b: Array, radius: float) -> tuple[Array, Array]:
-    """A tube from a to b with round ends: part of an infinite cylinder, and two spheres."""
+    """Intersect rays with a tube from a to b with round ends.
+
+    The tube consists of a section of an infinite cylinder and two spheres.
+    """
     length = np.linalg.norm(b - a)
     axis = (b - a) / length
     across = np.eye(3) - np.outer(axis, axis)       # projects onto the plane across the axis
@@ -124,7 +132,7 @@ def pose_limb(rng: Generator, start: Array, length: float, spread: float) -> Arr
 
 
 def pose_person(rng: Generator) -> list[tuple[int, Array, Array, float]]:
-    """A person standing at the origin, as capsules: (part, one end, other end, radius)."""
+    """A person standing at the origin, as capsules: (part, one end, the other end, radius)."""
     hips = np.array([0, 0, 0.95])
     neck = np.array([0, 0, 1.42])
     capsules = [
@@ -172,8 +180,7 @@ def rays_near(eye: Array, rays: Array, centre: Array, radius: float) -> Array:
 
 
 def cover(view: dict[str, Array], pixels: Array, t: Array, normal: Array, **labels: int) -> None:
-    """Draw a shape into these pixels of the view, where it is nearer than everything drawn before.
-    """
+    """Draw a shape at `pixels` of the view, where it is nearer than everything drawn before."""
     nearer = t < view["t"][pixels]
     pixels = pixels[nearer]
     view["t"][pixels] = t[nearer]
@@ -183,10 +190,10 @@ def cover(view: dict[str, Array], pixels: Array, t: Array, normal: Array, **labe
 
 
 def view_room(eye: Array, rays: Array, room: Array) -> dict[str, Array]:
-    """The empty room, as every ray sees it: arrays (P,), except normal (P, 3).
+    """A view of the empty room: arrays with one entry per ray, (P,) or, for "normal", (P, 3).
 
-    t: the hit on the ray o + t * d. semseg: the class. part: the part of the person, 0 elsewhere.
-    number: the number of the object, -1 for the room itself.
+    t: where the ray o + t * d hits. semseg: the class. part: the body part of the person, 0
+    elsewhere. number: the number of the object or person, -1 for the room itself.
     """
     t, normal = hit_slabs(eye, rays, np.zeros(3), room, inside=True)
     semseg = np.full(len(rays), WALL)
@@ -197,7 +204,8 @@ def view_room(eye: Array, rays: Array, room: Array) -> dict[str, Array]:
 
 
 def furniture(rng: Generator) -> list[tuple[Array, Array]]:
-    """A plain box, a table or an armchair on the floor, as boxes: (lowest, highest corner)."""
+    """A plain box, a table or an armchair on the floor, as boxes: (lowest corner, highest corner).
+    """
     width, depth, height = rng.uniform((0.3, 0.3, 0.3), (1.2, 0.9, 1.5))
     plain, table = rng.random(2) < 0.5
     corner = np.array([width / 2, depth / 2, height])
@@ -217,7 +225,7 @@ def add_object(rng: Generator, view: dict[str, Array], eye: Array, rays: Array, 
                number: int) -> None:
     """Place a random object on the floor, unless it would hide too much of the person."""
     shape = BOX + int(rng.integers(3))
-    to_object = rotation(rng.uniform(0, np.pi))     # from the world's axes to the object's
+    to_object = rotation(rng.uniform(0, np.pi))     # from world to object coordinates
     x = rng.uniform(0.1, 0.9) * room[0]
     y = rng.uniform(0.35, 0.95) * room[1]
     position = np.array([x, y, 0.0])
@@ -260,9 +268,9 @@ def add_person(rng: Generator, view: dict[str, Array], eye: Array, rays: Array, 
 
 # --- labels and colours ---------------------------------------------------------------------------
 def nearest_object(t: Array, number: Array) -> Array:
-    """A mask (P,) of the salient object, which is the one with the smallest mean depth.
+    """A mask (P,) of the salient object: the object or person with the smallest mean depth.
 
-    Objects that cover less than SALIENT of the image do not count.
+    An object or person that covers less than the share SALIENT of the image does not count.
     """
     smallest = np.inf
     salient = np.zeros_like(number)
@@ -277,7 +285,8 @@ def nearest_object(t: Array, number: Array) -> Array:
 def find_edges(surface: Array, normal: Array) -> Array:
     """A mask (H, W) of the pixels on both sides of each border between surfaces, and of each fold.
 
-    surface (H, W): the number of the surface. normal (H, W, 3): a fold is where it turns sharply.
+    surface (H, W): the number of the surface. At a fold, `normal` (H, W, 3) turns by more than 30
+    degrees.
     """
     edge = np.zeros(surface.shape, bool)
     below, above = np.s_[1:], np.s_[:-1]
@@ -295,8 +304,8 @@ def shade(rng: Generator, room: Array, point: Array, normal: Array, surface: Arr
     """The colours (P, 3) of points (P, 3), lit by one lamp; 1 is white.
 
     surface (P,): the number of each point's surface. Each surface has a base colour and is plain,
-    striped, a checkerboard, or covered with smooth waves. These patterns are built from two waves
-    through space.
+    striped, chequered, or covered with smooth waves. Stripes are made from one sine wave through
+    space, and the other two patterns from the product of two such waves.
     """
     base = rng.uniform(0.3, 0.85, (num_surfaces, 1)) + rng.uniform(-0.25, 0.25, (num_surfaces, 3))
     tint = rng.uniform(-0.3, 0.3, (num_surfaces, 1)) + rng.uniform(-0.15, 0.15, (num_surfaces, 3))
@@ -310,7 +319,7 @@ def shade(rng: Generator, room: Array, point: Array, normal: Array, surface: Arr
 
     lamp = room * rng.uniform((0.3, 0.2, 0.8), (0.7, 0.6, 0.95))
     lamp_colour = rng.uniform(0.75, 1.05, 3)
-    ambient = rng.uniform(0.25, 0.45)               # light from everywhere
+    ambient = rng.uniform(0.25, 0.45)               # light from all directions
     to_lamp = lamp - point
     distance = np.sqrt(dot(to_lamp, to_lamp))
     facing = np.maximum(0, dot(normal, to_lamp) / distance)             # Lambert's cosine law
@@ -319,7 +328,7 @@ def shade(rng: Generator, room: Array, point: Array, normal: Array, surface: Arr
 
 
 def as_map(x: Array, height: int, width: int, dtype: type) -> Tensor:
-    """Values of the pixels (P,) or (P, C) -> a tensor (1 or C, H, W)."""
+    """Pixel values (P,) or (P, C) -> a tensor (1, H, W) or (C, H, W)."""
     x = x.reshape(height, width, -1).transpose(2, 0, 1)
     return torch.from_numpy(np.ascontiguousarray(x, dtype=dtype))
 
@@ -328,10 +337,10 @@ def render_room(seed: Sequence[int], height: int, width: int, axes: Array | None
                 zoom: float = 1.0) -> dict[str, Tensor]:
     """One room as a sample: "image" (3, H, W) uint8 and the labels of all tasks.
 
-    seed: integers, at least 0. They give the same room at every size, but an object that hides
-    close to HIDDEN of the person may be left out at one size and not at another. zoom: multiplies
-    the focal length. axes (3, 3): the picture's right, down and forward in the camera's own axes,
-    to mirror or roll the camera.
+    seed: integers, at least 0. They give the same room at every size, with one exception: an object
+    that hides about as much of the person as HIDDEN allows may be left out at one size and not at
+    another. zoom: multiplies the focal length. axes (3, 3): mirrors or rolls the camera. Its rows
+    are the camera's new right, down and forward directions, in the original camera's coordinates.
     """
     rng = Generator(PCG64(list(seed)))
     room = rng.uniform((3.5, 4.0, 2.4), (6.0, 7.0, 3.2))
@@ -353,7 +362,8 @@ def render_room(seed: Sequence[int], height: int, width: int, axes: Array | None
         add_object(rng, view, eye, rays, room, number=i)
     t, normal, number, part = view["t"], view["normal"], view["number"], view["part"]
 
-    # The floor, the ceiling, the walls, each object and each part of the person have a texture.
+    # The surfaces, each with its own texture: the floor, the ceiling, all walls together, each
+    # object, and each body part of the person.
     object_surface = 3 + number + np.maximum(part - 1, 0)
     surface = np.where(number < 0, view["semseg"], object_surface)
     point = eye + t[:, None] * rays
@@ -375,8 +385,8 @@ def render_room(seed: Sequence[int], height: int, width: int, axes: Array | None
 class Rooms(Dataset):
     """`length` rendered rooms of a split ("train" or "val"), with the labels of `tasks`.
 
-    size: (H, W) of the images. Room i of a seed and split is the same on every machine. A task that
-    rooms have no labels for raises ValueError when a room is read.
+    size: (H, W) of the images. Room i of a seed and split is the same on every machine, up to
+    rounding. Reading a room raises ValueError if rooms have no labels for one of the tasks.
     """
 
     def __init__(self, split: str, tasks: Sequence[str], length: int, size: Sequence[int],
@@ -392,9 +402,8 @@ class Rooms(Dataset):
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         room = render_room((self.seed, self.split == "val", i), *self.size)
-        sample = {"image": room.pop("image")}
+        labels = [name for name in room if name != "image"]
         for task in self.tasks:
-            if task not in room:
-                raise ValueError(f"rooms have no labels for {task}; they have {', '.join(room)}")
-            sample[task] = room[task]
-        return sample
+            if task not in labels:
+                raise ValueError(f"rooms have no labels for {task}; they have {', '.join(labels)}")
+        return {name: room[name] for name in ("image", *self.tasks)}

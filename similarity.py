@@ -1,14 +1,14 @@
 """How similar are two tasks? The mean cosine of their gradients on the shared backbone.
 
 Decoders are first trained on the frozen backbone, because gradients that come through random
-decoders say little (section 4.4). Then each task's loss on each single example is differentiated
-with respect to all backbone weights. With g and g' the gradients of two tasks on example i,
+decoders say little (section 4.4). Then each task's loss on each example is differentiated with
+respect to all backbone weights. If g and g' are the gradients of two tasks on example i,
 
     S(g, g')   = cos( g / (||g|| + ||g'||), g' / (||g|| + ||g'||) ) = cos(g, g')       (eq. 2)
     sim(t, t') = 1/N * sum over the examples i of S(g, g')                             (eq. 1, 3)
 
-A mean over examples has a standard error, and differences smaller than that are noise.
-`task_similarity` returns the mean, its standard error and the value of each example.
+A mean over examples has a standard error, and differences smaller than this error may well be
+noise. `task_similarity` returns means, standard errors, example counts and each example's values.
 
     fresh_decoders(model, seed)
     finetune_decoders(model, tasks, examples, batches, lr)
@@ -22,7 +22,8 @@ Your own model and tasks only need to provide:
     task.name, task.weight, task.loss(prediction, label) -> scalar
     task.valid(label) -> bools; if none is True, the example has no label for the task
 
-Shapes: B batch, N examples, T tasks, P backbone parameters, H W pixels, h w c of a map.
+Shapes: B batch, N examples, T tasks, P backbone parameters, H W pixels, h w c height, width and
+channels of a map.
 References: arXiv 2509.19602, sections 3.1 and 4.4; Task2Vec, arXiv 1902.03545, section 3.3.
 """
 
@@ -43,11 +44,12 @@ def gradient_similarity(g: Tensor, g_other: Tensor, normalize: str = "none") -> 
     """Cosine of two tasks' flattened gradients (P,) on the shared backbone: eq. 2.
 
     Eq. 2 divides both gradients by the sum of their norms first. A cosine does not notice, so
-    "none" skips that step. "elementwise" is the normalisation of Task2Vec, which the paper cites
-    for eq. 2: each entry is divided by the sum of the two absolute values at its place. Then only
-    the ratio of the two gradients of a weight matters, and not how large they are.
+    normalize="none" skips that step. "elementwise" is the normalisation of Task2Vec, which the
+    paper cites for eq. 2: each entry is divided by the sum of its absolute values in the two
+    gradients. Then only the ratio of a weight's two gradients matters, not their size.
 
-    The similarity is 0 if one of the gradients is 0. Raises ValueError for another `normalize`.
+    The similarity is 0 if one of the gradients is 0. Raises ValueError if `normalize` is neither
+    "none" nor "elementwise".
     """
     if normalize == "elementwise":
         g, g_other = without_rounding(g), without_rounding(g_other)
@@ -65,10 +67,11 @@ def gradient_similarity(g: Tensor, g_other: Tensor, normalize: str = "none") -> 
 
 
 def without_rounding(g: Tensor) -> Tensor:
-    """`g` with all entries set to 0 that are smaller than eps times the largest one.
+    """`g` with its tiny entries set to 0: |entry| < machine epsilon * largest |entry|.
 
-    Trap: softmax ignores the bias of the keys, so its true gradient is 0, and the computed one is
-    rounding error. Divided element by element, this error would count as much as any other entry.
+    Trap: softmax ignores the bias of the keys, so the true gradient of this bias is 0, and the
+    computed one is only rounding error. With "elementwise", such an error would count as much as
+    any other entry.
     """
     limit = torch.finfo(g.dtype).eps * g.abs().max()
     return torch.where(g.abs() < limit, 0, g)
@@ -77,7 +80,7 @@ def without_rounding(g: Tensor) -> Tensor:
 # --- decoders -------------------------------------------------------------------------------------
 @contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
-    """Restores every module's train/eval mode and every requires_grad on exit."""
+    """Restores each module's train/eval mode and each parameter's requires_grad on exit."""
     modes = [(module, module.training) for module in model.modules()]
     flags = [(p, p.requires_grad) for p in model.parameters()]
     try:
@@ -90,9 +93,10 @@ def restored(model: nn.Module) -> Iterator[None]:
 
 
 def fresh_decoders(model: nn.Module, seed: int) -> None:
-    """Reinitialise the decoder of each task.
+    """Reinitialise each task's decoder by calling its modules' `reset_parameters` methods.
 
-    The new weights depend on the seed and the task's name, but not on the order of the tasks.
+    The parameters of a module that lacks this method keep their values. The new weights depend on
+    the seed and the task's name, but not on the order of the tasks.
     """
     for name, decoder in model.decoders.items():
         torch.manual_seed(zlib.crc32(f"{seed} {name}".encode()))
@@ -104,7 +108,10 @@ def fresh_decoders(model: nn.Module, seed: int) -> None:
 @torch.no_grad()
 def backbone_maps(backbone: nn.Module, examples: Iterable[tuple[Tensor, dict[str, Tensor]]],
                   amp: torch.dtype | None) -> tuple[list[Tensor], dict[str, Tensor], torch.Size]:
-    """The maps of all N examples, each (N, h, w, c); their labels by task; and their (H, W)."""
+    """Run the backbone on all N examples.
+
+    Returns the maps, one (N, h, w, c) per stage, the labels by task, and the images' (H, W).
+    """
     maps_of_batches, labels_of_batches = [], []
     for image, labels in examples:
         with torch.autocast(image.device.type, amp, enabled=amp is not None):
@@ -128,9 +135,9 @@ def finetune_decoders(model: nn.Module, tasks: Sequence,
     of all examples are kept in memory, on the device of the images.
 
     Args:
-        examples: pairs of image (B, 3, H, W) and labels, in the order of the dataset; read once.
-        batches: for each step, the indices of its examples.
-        lr: learning rate of the first step; it falls linearly to 0.
+        examples: pairs of images (B, 3, H, W) and labels by task; read once.
+        batches: for each step, the indices of its examples, counted in the order of `examples`.
+        lr: learning rate of the first step; it falls linearly towards 0.
         amp: data type for autocast and for the stored maps; None for float32.
         steps: number of batches, needed if `batches` has no length.
     """
@@ -144,7 +151,8 @@ def finetune_decoders(model: nn.Module, tasks: Sequence,
         optimizer = torch.optim.AdamW(model.decoders.parameters(), lr=lr, fused=True)
 
         for step, batch in enumerate(batches):
-            # The rate falls to 0: noise of the last steps would enter every example's gradient.
+            # The learning rate falls towards 0. Otherwise the noise of the last steps would stay in
+            # the decoders and affect the gradients of all examples.
             optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
             batch_maps = [x[batch] for x in maps]
             total = 0
@@ -178,11 +186,12 @@ class Similarity(NamedTuple):
 def task_similarity(model: nn.Module, tasks: Sequence,
                     examples: Iterable[tuple[Tensor, dict[str, Tensor]]],
                     normalize: str = "none") -> Similarity:
-    """Similarity of every pair of tasks over `examples`, pairs of image (1, 3, H, W) and labels.
+    """Similarity of each pair of tasks. `examples` yields (image (1, 3, H, W), labels by task).
 
     Dropout and drop path are off, and BatchNorm uses its running statistics, so an example's
     gradient depends only on that example. An example counts for a pair of tasks if it is labelled
-    for both. Memory holds one flat gradient (P,) per task, however many examples there are.
+    for both. Only a few flat gradients (P,) per task are in memory at any time, however many
+    examples there are.
 
     Raises:
         ValueError: if no example is labelled for both tasks of a pair, or a gradient is not finite.
@@ -202,7 +211,7 @@ def task_similarity(model: nn.Module, tasks: Sequence,
                 if not math.isfinite(value):
                     raise ValueError(f"similarity: the gradient of {tasks[t].name} or "
                                      f"{tasks[u].name} is not finite; lower the learning rate of "
-                                     "the decoders")
+                                     "the decoders (--head-lr)")
                 sample[t, u] = sample[u, t] = value
             samples.append(sample)
     return summary(np.array(samples), tasks)
@@ -210,7 +219,9 @@ def task_similarity(model: nn.Module, tasks: Sequence,
 
 def task_gradients(model: nn.Module, tasks: Sequence, image: Tensor,
                    labels: dict[str, Tensor]) -> dict[int, Tensor]:
-    """{index of task: gradient (P,) of its loss with respect to the backbone}, for labelled tasks.
+    """The gradient (P,) of each task's loss with respect to the backbone, by task index.
+
+    Leaves out the tasks for which the example has no valid label.
     """
     shared = list(model.backbone.parameters())
     predictions = model(image)
@@ -227,11 +238,14 @@ def task_gradients(model: nn.Module, tasks: Sequence, image: Tensor,
 
 
 def summary(samples: np.ndarray, tasks: Sequence) -> Similarity:
-    """Mean over the examples that have a value, with its standard error. samples: (N, T, T)."""
+    """For each pair of tasks, the mean of the examples' values, its standard error and their count.
+
+    samples: (N, T, T), NaN = no value. Raises ValueError if no example has a value for a pair.
+    """
     count = (~np.isnan(samples)).sum(0)
     for t, u in np.argwhere(count == 0):
         raise ValueError(f"similarity: no example has valid labels for both {tasks[t].name} and "
-                         f"{tasks[u].name}; use more examples")
+                         f"{tasks[u].name}; use more examples (--sim-images)")
     mean = np.nansum(samples, 0) / count                        # eq. 3
     squares = np.nansum((samples - mean) ** 2, 0)
     with np.errstate(invalid="ignore"):                         # 0 / 0 for a single example
@@ -240,7 +254,7 @@ def summary(samples: np.ndarray, tasks: Sequence) -> Similarity:
 
 
 def format_similarity(similarity: Similarity, names: Sequence[str]) -> str:
-    """Table of mean +- standard error; then the numbers of examples, if they differ by pair."""
+    """A table of mean +- standard error, and a table of the example counts if these differ."""
     T = len(names)
     rows = [["", *names]]
     for t in range(T):

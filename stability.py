@@ -1,16 +1,17 @@
-"""How sure is the tree? Other example images would give other similarities, and maybe other groups.
+"""How reliable is the tree? Different example images would give different similarities, and perhaps
+different groups.
 
-The similarities are means over N examples. A bootstrap imitates a new set of images: it draws N of
-the examples with replacement, recomputes the means and rebuilds the tree. The agreement of a stage
-is the share of these resamples in which the stage has the same groups.
+The similarities are means over N examples. To imitate a new set of images, the bootstrap draws N of
+these examples with replacement (a resample), recomputes the means and rebuilds the tree. The
+agreement of a stage is the share of resamples in which the stage keeps its groups.
 
     for choice in stability(tree, similarity.samples):      # from similarity.task_similarity
         print(choice)                                       # decided (99.8 % of resamples agree)
 
 A stage is called decided if at least 99.5 % of the resamples agree, and every pair of tasks has at
-least 10 examples. In simulations, fewer than one tree in twenty then has a decided stage that is
-wrong (docs/CHOICES.md has the table). This is not part of the paper. It does not show how much the
-tree depends on the decoders; for that, try other seeds.
+least 10 examples. In simulations, fewer than one tree in twenty had a decided stage that was wrong
+(docs/CHOICES.md has the table). The bootstrap is our addition to the paper. It does not show how
+much the tree depends on the decoders; for that, try other seeds.
 
 N is the number of examples, T the number of tasks. A tree is a list with one partition per stage
 (grouping.py).
@@ -25,14 +26,14 @@ import numpy as np
 from grouping import Partition, best_partition, build_tree
 
 DECIDED = 0.995         # share of the resamples that must agree
-MIN_EXAMPLES = 10       # for each pair of tasks; with fewer, resamples agree by chance
+MIN_EXAMPLES = 10       # for each pair of tasks; with fewer, resamples may agree by chance
 
 
 class Choice(NamedTuple):
-    """How sure a stage's groups are; see `stability`."""
+    """The verdict on the groups of one stage; see `stability`."""
 
     decided: bool
-    agreement: float        # share of the resamples with the same groups
+    agreement: float        # share of the resamples in which the stage keeps its groups
 
     def __str__(self) -> str:
         if self.decided:
@@ -45,17 +46,17 @@ class Choice(NamedTuple):
 def stability(tree: Sequence[Partition], samples: np.ndarray, resamples: int = 400,
               search: Callable[[np.ndarray, int], Partition] = best_partition,
               ) -> list[Choice | None]:
-    """For each stage of the tree, whether its groups are decided; None if it had no choice.
+    """One Choice for each stage of the tree, or None for a stage that had no choice.
 
-    A stage has no choice if it has one group, or as many groups as the next stage (the last stage:
-    as many groups as there are tasks). The resamples are the same in every call, and they do not
-    depend on the order of the tasks.
+    A stage has no choice if it has one group, or as many groups as the next stage (for the last
+    stage: as many groups as there are tasks). For a given N, the random draws are the same in every
+    call, whatever the order of the tasks.
 
     Args:
         tree: the tree that `build_tree` gives for the mean of `samples`.
         samples: (N, T, T), the similarities of each example; NaN where a label is missing.
-        resamples: their number; each builds a tree, which takes a millisecond for five tasks.
-        search: as in build_tree.
+        resamples: number of resamples. For five tasks, each takes about a millisecond.
+        search: the `search` that `build_tree` used to make `tree`.
     """
     N = len(samples)
     groups = [len(partition) for partition in tree]
@@ -69,14 +70,14 @@ def stability(tree: Sequence[Partition], samples: np.ndarray, resamples: int = 4
         drawn = samples[rng.integers(N, size=N)]
         drawn_count = (~np.isnan(drawn)).sum(0)
         drawn_mean = np.nansum(drawn, 0) / np.maximum(drawn_count, 1)
-        # If a resample has no example that is labelled for both tasks, keep their full mean.
+        # A pair of tasks without an example in this resample keeps its mean over all examples.
         drawn_mean = np.where(drawn_count > 0, drawn_mean, mean)
         for i, partition in enumerate(build_tree(drawn_mean, groups, search)):
             if partition == tree[i]:
                 agreeing[i] += 1
 
     choices = []
-    available = len(mean)               # groups that stage i merges; in the last stage, tasks
+    available = len(mean)               # groups that stage i may merge; in the last stage, tasks
     for i in reversed(range(len(tree))):
         choice = None
         if 1 < groups[i] < available:

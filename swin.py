@@ -1,7 +1,7 @@
 """Swin Transformer (Liu et al., ICCV 2021), from scratch: the backbone that is adapted.
 
-The image is cut into patches of 4x4 pixels, and each patch becomes a token. Then follow four stages
-of blocks. A block computes
+The image is cut into patches of 4x4 pixels, and each patch becomes a token. Four stages of blocks
+follow. A block computes
 
     x = x + attention(norm1(x))     inside windows of 7x7 tokens, with a bias per relative position
     x = x + mlp(norm2(x))
@@ -10,15 +10,17 @@ Every second block shifts its windows by half a window, so that information cros
 Each of the first three stages ends by merging 2x2 neighbouring tokens and doubling the channels.
 
 For dense prediction the backbone has no final norm and no classifier, and returns one map per
-stage. Parameters have the names of the official checkpoints, so these load without renaming.
+stage. Parameters keep their names from the official checkpoints, so these load without renaming.
 
     backbone = build_swin("tiny")
     load_weights(backbone, "imagenet")      # weights.py
     maps = backbone(image)                  # (B, 3, H, W) -> 4 maps (B, h, w, c)
 
-The strides of the maps are 8, 16, 32 and 32, since each map is taken after the patch merging.
-Shapes: B batch, H W pixels or tokens, C channels, N windows, L tokens per window, h heads.
-References: arXiv 2103.14030; https://github.com/microsoft/Swin-Transformer (names of weights).
+The strides of the maps are 8, 16, 32 and 32: each is taken at the end of its stage, which is after
+the patch merging in the first three stages.
+Shapes: B batch, H W pixels or tokens, C channels, N windows, L tokens per window, h w c height,
+width and channels of an output map.
+References: arXiv 2103.14030; https://github.com/microsoft/Swin-Transformer (parameter names).
 """
 
 import torch
@@ -35,7 +37,10 @@ PRESETS = {
 
 
 def to_windows(x: Tensor, window: int) -> Tensor:
-    """(B, H, W, C) -> (B, N, L, C). H and W must be multiples of the window."""
+    """Cut a map into windows of w x w tokens, w = `window`: (B, H, W, C) -> (B, N, L, C).
+
+    H and W must be multiples of w.
+    """
     x = x.unflatten(2, (-1, window))            # (B, H, W/w, w, C)
     x = x.unflatten(1, (-1, window))            # (B, H/w, w, W/w, w, C)
     x = x.transpose(2, 3)                       # (B, H/w, W/w, w, w, C)
@@ -43,7 +48,7 @@ def to_windows(x: Tensor, window: int) -> Tensor:
 
 
 def from_windows(x: Tensor, window: int, H: int, W: int) -> Tensor:
-    """(B, N, L, C) -> (B, H, W, C): the inverse of `to_windows`."""
+    """The inverse of `to_windows`: (B, N, L, C) -> (B, H, W, C)."""
     x = x.unflatten(2, (window, window))
     x = x.unflatten(1, (H // window, W // window))
     x = x.transpose(2, 3)                       # (B, H/w, w, W/w, w, C)
@@ -51,7 +56,7 @@ def from_windows(x: Tensor, window: int, H: int, W: int) -> Tensor:
 
 
 def relative_position_index(window: int) -> Tensor:
-    """Row of the bias table for every (query, key) pair of a window, (L, L) int64."""
+    """The row of the bias table for each (query, key) pair of tokens in a window: (L, L) int64."""
     axis = torch.arange(window)
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     y, x = y.flatten(), x.flatten()             # (L,)
@@ -63,15 +68,15 @@ def relative_position_index(window: int) -> Tensor:
 
 
 def shift_mask(H: int, W: int, window: int, shift: tuple[int, int], device: torch.device) -> Tensor:
-    """Additive mask (N, L, L) for a map that was rolled by `shift` tokens along its two axes.
+    """Additive attention mask (N, L, L) for a map that was rolled by `shift` tokens (y, x).
 
-    It is -100 between tokens that became neighbours only because the roll wraps around.
+    It is -100 between tokens that share a window only because the roll wraps around, otherwise 0.
     """
     rows = torch.zeros(H, device=device)
-    rows[H - shift[0]:] = 1                     # these came from the other side of the map
+    rows[H - shift[0]:] = 1                     # these rows came from the other side of the map
     columns = torch.zeros(W, device=device)
     columns[W - shift[1]:] = 1
-    region = 2 * rows[:, None] + columns        # (H, W), a different number per region
+    region = 2 * rows[:, None] + columns        # (H, W), one number per region
     region = to_windows(region[None, :, :, None], window)[0, :, :, 0]   # (N, L)
     different = region[:, :, None] != region[:, None, :]                # (N, L, L)
     return different * -100.0
@@ -93,14 +98,14 @@ class WindowAttention(nn.Module):
         """x (B, N, L, C), mask (N, L, L) or None -> (B, N, L, C)."""
         B, N, L, C = x.shape
         qkv = self.qkv(x).view(B * N, L, 3, self.num_heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                    # (B*N, h, L, C/h) each
-        bias = self.relative_position_bias_table[self.index]    # (L, L, h)
-        bias = bias.permute(2, 0, 1)[None].to(q.dtype)          # (1, h, L, L)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                    # (B*N, heads, L, C/heads) each
+        bias = self.relative_position_bias_table[self.index]    # (L, L, heads)
+        bias = bias.permute(2, 0, 1)[None].to(q.dtype)          # (1, heads, L, L)
         if mask is not None:
-            bias = bias + mask[:, None].to(q.dtype)             # (N, h, L, L)
-            bias = bias.repeat(B, 1, 1, 1)                      # (B*N, h, L, L)
+            bias = bias + mask[:, None].to(q.dtype)             # (N, heads, L, L)
+            bias = bias.repeat(B, 1, 1, 1)                      # (B*N, heads, L, L)
         if bias.requires_grad:
-            # Fused kernels are slow to compute the gradient of a bias, and crash on some GPUs.
+            # Fused attention kernels compute the bias gradient slowly, and crash on some GPUs.
             scores = q @ k.mT * q.shape[-1] ** -0.5 + bias
             x = scores.softmax(-1).to(v.dtype) @ v
         else:
@@ -127,7 +132,7 @@ class Mlp(nn.Module):
 
 
 class SwinBlock(nn.Module):
-    """Attention inside windows, then an MLP. If `shifted`, windows move by half their size."""
+    """Attention inside windows, then an MLP. `shifted` moves the windows by half their size."""
 
     def __init__(self, dim: int, num_heads: int, window: int, shifted: bool, drop_path: float):
         super().__init__()
@@ -199,7 +204,10 @@ class PatchEmbed(nn.Module):
 
 
 class Stage(nn.Module):
-    """One block for each rate in `drop_path`, every second one shifted; then the patch merging."""
+    """One SwinBlock per rate in `drop_path`, every second one shifted.
+
+    The stage ends with patch merging if `merge` is true.
+    """
 
     def __init__(self, dim: int, num_heads: int, window: int, drop_path: list[float], merge: bool):
         super().__init__()
@@ -214,12 +222,12 @@ class Stage(nn.Module):
 
 
 class SwinTransformer(nn.Module):
-    """The backbone: `patch_embed`, then four stages. `channels` lists the channels of their maps.
+    """The backbone: `patch_embed`, then four stages. `channels` holds each map's channel count.
 
     The attribute that holds the stages is called `layers`, as in the official checkpoints.
-    ADAPTED lists the linear layers that can get adapters, by the ends of their paths. OTHERS lists
-    the weights that the papers call "others", by parts of their names: patch embedding and patch
-    merging with their norms, every LayerNorm, and the tables of position biases.
+    ADAPTED offers two sets of linear layers to adapt, named by the ends of their paths. OTHERS
+    lists the weights that TGLoRA's table 1 calls "others", by parts of their names: patch
+    embedding, patch merging, every LayerNorm, and the tables of position biases.
     """
 
     ADAPTED = {"attn": ("attn.qkv", "attn.proj"),
@@ -251,7 +259,7 @@ class SwinTransformer(nn.Module):
                 nn.init.trunc_normal_(module.relative_position_bias_table, std=0.02)
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """image (B, 3, H, W) -> one map (B, h, w, c) per stage, taken after its patch merging."""
+        """image (B, 3, H, W) -> one map (B, h, w, c) per stage, taken at the end of the stage."""
         x = self.patch_embed(image)     # (B, H/4, W/4, embed_dim)
         maps = []
         for stage in self.layers:

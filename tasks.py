@@ -1,13 +1,13 @@
-"""Dense prediction tasks: loss, metrics, best constant prediction and colours of each.
+"""Dense prediction tasks: each has a loss, metrics, a best constant prediction, and colours.
 
 A label marks its own invalid pixels: class 255, depth 0 or normal (0, 0, 0). Losses and metrics
-use valid pixels only. `loss` is a mean over the valid pixels of the batch it is given, or 0 if
-there are none; the training loss is the sum of weight * loss over the tasks (eq. 8).
+use valid pixels only. `loss` is a mean over the valid pixels of the batch that it is given, or 0 if
+no pixel is valid; the training loss is the sum of weight * loss over the tasks (eq. 8).
 
 A metric is computed from sums over the whole dataset, divided once at the end, so it does not
 depend on how the dataset is cut into batches: add up `sums(pred, label)` of all batches, then call
-`metrics(total)`. `sums` expects tensors on the CPU, and counts in float64. Metrics are NaN if
-there is no valid pixel, or if a prediction at a valid pixel is NaN.
+`metrics(total)`. `sums` expects tensors on the CPU, and returns float64. Metrics are NaN if there
+is no valid pixel, or if a prediction at a valid pixel is NaN.
 
     task = make_tasks(["depth"], classes=None)[0]
     task.loss(pred, label).backward()
@@ -17,8 +17,8 @@ Shapes: B batch, H W pixels, C channels. Predictions are (B, outputs, H, W). A t
 describes its labels, and so decides how data.py augments them:
 
     classes      (B, H, W) int64, 0 to task.classes - 1, or 255 = ignore
-    values       (B, C, H, W) float, C = task.channels; augmentation only moves them
-    distances    like values, but zooming in by s divides them by s (metric depth)
+    values       (B, C, H, W) float, C = task.channels; augmentation does not change the values
+    distances    like values, but zooming in by s divides them by s; for depth in metres
     directions   like values, but they are vectors (x right, y down, z towards the camera), and
                  flips and rotations of the image change x and y
 
@@ -47,7 +47,7 @@ class Segmentation:
     higher_is_better = True
 
     def __init__(self, name: str, classes: int | Sequence[str], weight: float):
-        """classes: their names or their number; empty if the dataset defines them."""
+        """classes: the names or the number of the classes; empty if the dataset defines them."""
         if isinstance(classes, int):
             classes = [str(i) for i in range(classes)]
         if len(classes) > IGNORE:
@@ -63,7 +63,7 @@ class Segmentation:
         return label != IGNORE                                        # (B, H, W)
 
     def loss(self, pred: Tensor, label: Tensor) -> Tensor:
-        """Cross-entropy."""
+        """Cross-entropy, averaged over the valid pixels."""
         error = F.cross_entropy(pred.float(), label, ignore_index=IGNORE, reduction="sum")
         pixels = self.valid(label).sum()
         return error / pixels.clamp(min=1)
@@ -98,7 +98,7 @@ class Segmentation:
         Ignored pixels are black, and class 0, which is often the background, is grey.
         """
         label = x if x.ndim == 2 else x.argmax(0)
-        turn = label * 0.61803399 % 1       # golden-ratio hues: neighbouring classes look different
+        turn = label * 0.61803399 % 1       # golden-ratio hues: consecutive classes look different
         hue = torch.stack([turn, turn + 1 / 3, turn + 2 / 3]) * (2 * math.pi)
         brightness = 0.55 + 0.2 * (label % 3)
         colour = (0.5 + 0.5 * hue.cos()) * brightness
@@ -106,7 +106,7 @@ class Segmentation:
 
 
 class Saliency:
-    """Does this pixel belong to the salient object? Labels 1 or 0, predictions are logits.
+    """Does this pixel belong to the salient object? Labels are 1 or 0, and predictions are logits.
 
     The metric is the mean IoU over images at the best of 15 thresholds, as in MTLoRA's code.
     """
@@ -134,7 +134,7 @@ class Saliency:
         return (pixels - salient) / pixels, salient / pixels
 
     def loss(self, pred: Tensor, label: Tensor) -> Tensor:
-        """Binary cross-entropy, weighted by class."""
+        """Binary cross-entropy with class weights, averaged over the valid pixels."""
         valid = self.valid(label)
         true = label == 1
         positive, negative = self.class_weights(label)
@@ -144,7 +144,7 @@ class Saliency:
         return (error * weight * valid).sum() / valid.sum().clamp(min=1)
 
     def sums(self, pred: Tensor, label: Tensor) -> Tensor:
-        """The number of images with valid pixels, then the sum of their IoUs per threshold (16,).
+        """(16,): number of images with valid pixels, then the sum of their IoUs at each threshold.
 
         An image without a salient pixel has IoU 1 if none is predicted, otherwise 0.
         """
@@ -167,7 +167,7 @@ class Saliency:
     def best_constant(self, values: Tensor) -> Tensor:
         """A logit (1,) that predicts 1 everywhere.
 
-        Predicting 0 everywhere only scores higher if many images have no salient pixel.
+        Predicting 0 everywhere scores higher only if many images have no salient pixel.
         """
         return torch.tensor([10.0])
 
@@ -180,9 +180,11 @@ class Saliency:
 class Edge(Saliency):
     """Is this pixel on an edge? Like Saliency, but with fixed class weights and another metric.
 
-    The metric is F at the threshold that is best for the whole dataset. An edge pixel counts as
-    correct if the other map has an edge within 0.0075 of the image diagonal. Do not compare it with
-    the odsF of the boundary benchmark, which thins predictions and matches pixels one to one.
+    The metric is F at the threshold that is best for the whole dataset. A predicted edge pixel is
+    correct if a true edge pixel is near: in both x and y, at most 0.75 % of the image diagonal away
+    (rounded, at least 1 pixel). A true edge pixel is recalled if a predicted one is that near. Do
+    not compare this F with the odsF of the BSDS benchmark, which thins predictions and matches
+    pixels one to one.
     """
 
     name = "edge"
@@ -196,7 +198,7 @@ class Edge(Saliency):
         return 0.95, 0.05
 
     def sums(self, pred: Tensor, label: Tensor) -> Tensor:
-        """Edge pixels that are predicted, correct, true and recalled, per threshold (4 * 19,)."""
+        """(4 * 19,): numbers of predicted, correct, true and recalled edge pixels per threshold."""
         valid = self.valid(label)
         true = label == 1
         thresholds = self.thresholds[:, None, None, None]
@@ -210,7 +212,7 @@ class Edge(Saliency):
         return counts.flatten() + nan_if_any(pred[:, 0].isnan() & valid)
 
     def metrics(self, sums: Tensor) -> dict[str, float]:
-        """F at the best threshold, with the precision and recall there."""
+        """F at the best threshold, and the precision and recall at that threshold."""
         predicted, correct, true, recalled = sums.view(4, -1)
         if not true[0] > 0:                               # no edge in any label, or sums are NaN
             return {"F": math.nan, "precision": math.nan, "recall": math.nan}
@@ -238,7 +240,7 @@ class Depth:
         return label > 0                                              # (B, 1, H, W)
 
     def loss(self, pred: Tensor, label: Tensor) -> Tensor:
-        """L1 in metres."""
+        """L1 in metres, averaged over the valid pixels."""
         valid = self.valid(label)
         error = (pred.float() - label).abs() * valid
         return error.sum() / valid.sum().clamp(min=1)
@@ -263,7 +265,7 @@ class Depth:
         return values.mean()[None]
 
     def colours(self, x: Tensor) -> Tensor:
-        """Metres (1, H, W) -> RGB (3, H, W): near is yellow, 10 m is dark blue, invalid black."""
+        """Metres (1, H, W) -> RGB (3, H, W): near is yellow, 10 m dark blue, and invalid black."""
         depth = x[0]
         t = (depth / 10).clamp(0, 1).sqrt()
         red = 1.6 - 2.0 * t
@@ -275,7 +277,7 @@ class Depth:
 class Normals:
     """Surface normals. The metric is the mean angle between prediction and ground truth in degrees.
 
-    Trap: papers on multi-task learning report this mean angle under the name "rmse".
+    Trap: papers on multi-task learning often report this mean angle under the name "rmse".
     """
 
     name = "normals"
@@ -289,10 +291,10 @@ class Normals:
              "down": (0.0, 1.0, 0.0), "the camera": (0.0, 0.0, 1.0)}
 
     def valid(self, label: Tensor) -> Tensor:
-        return label.norm(dim=1) > 0.5                    # (B, H, W); lengths are 1, or 0 = invalid
+        return label.norm(dim=1) > 0.5                    # (B, H, W); length 1, or 0 if invalid
 
     def loss(self, pred: Tensor, label: Tensor) -> Tensor:
-        """L1 between unit vectors, averaged over pixels and over the three coordinates."""
+        """L1 between unit vectors, averaged over valid pixels and the three coordinates."""
         valid = self.valid(label)
         unit = F.normalize(pred.float(), dim=1)
         error = (unit - label).abs() * valid[:, None]
@@ -309,7 +311,8 @@ class Normals:
         return sums + nan_if_any(angle.isnan())
 
     def metrics(self, sums: Tensor) -> dict[str, float]:
-        """Mean and true rmse of the angle in degrees; shares of pixels below three limits."""
+        """The mean and the true rmse of the angle in degrees, and the shares of pixels with an
+        angle below 11.25, 22.5 and 30 degrees."""
         pixels = sums[0]
         mean, mean_square, *within = sums[1:] / pixels
         return {"mean": mean.item(), "rmse": mean_square.sqrt().item(),
@@ -318,7 +321,8 @@ class Normals:
     def best_constant(self, values: Tensor) -> Tensor:
         """Normals of valid pixels (N, 3) -> a direction (3,) whose mean angle to them is small.
 
-        It is the best of 501: the mean of the normals, and 500 that cover the sphere evenly.
+        It is the best of 501 candidates: the mean of the normals, and 500 directions that cover the
+        sphere evenly.
         """
         i = torch.arange(500) + 0.5                                   # a Fibonacci spiral
         z = 1 - 2 * i / 500
@@ -339,7 +343,7 @@ class Normals:
 
 
 def nan_if_any(mask: Tensor) -> Tensor:
-    """NaN if any element of `mask` is true, else 0. Added to sums, so that NaN predictions show."""
+    """NaN if an element of `mask` is true, else 0. Added to sums, NaN makes all metrics NaN."""
     return torch.where(mask.any(), math.nan, 0.0).double()
 
 
@@ -363,10 +367,11 @@ def make_tasks(names: Sequence[str], classes: int | Sequence[str] | None) -> lis
     """The tasks with these names, in this order.
 
     classes: semseg's classes in this dataset, as names or as a number.
-    Raises ValueError for an unknown or repeated name, or for semseg without classes.
+    Raises ValueError for an unknown or repeated name, for no names, or for semseg without classes.
     """
     if not names or len(set(names)) < len(names):
-        raise ValueError(f"tasks {','.join(names)!r}: expected at least one, and each only once")
+        raise ValueError(f"tasks {','.join(names)!r}: expected at least one task, and each task "
+                         "only once")
     tasks = []
     for name in names:
         if name not in TASKS:
@@ -386,7 +391,8 @@ def make_tasks(names: Sequence[str], classes: int | Sequence[str] | None) -> lis
 def delta_m(results: dict, baseline: dict) -> float:
     """Mean relative gain over a baseline in percent (eq. 7); positive is better.
 
-    results, baseline: {task: {metric: value}}. Raises ValueError if the baseline lacks a metric.
+    results, baseline: {task: {metric: value}}. Raises ValueError if the baseline lacks a task's
+    main metric, or if the value of that metric is not a finite number above 0.
     """
     gains = []
     for task in make_tasks(list(results), classes=1):
@@ -396,8 +402,8 @@ def delta_m(results: dict, baseline: dict) -> float:
         except (KeyError, TypeError, ValueError):
             base = math.nan
         if not 0 < base < math.inf:
-            raise ValueError(f"baseline: no {task.metric} of {task.name}, or it is not a number "
-                             'above 0; expected {"results": {task: {metric: value}}}')
+            raise ValueError(f"baseline: {task.metric} of {task.name} is missing, or is not a "
+                             'number above 0; expected {"results": {task: {metric: value}}}')
         gain = (value - base) / base
         gains.append(gain if task.higher_is_better else -gain)
     return 100 * sum(gains) / len(gains)

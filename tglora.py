@@ -2,17 +2,18 @@
 
     y_g = W x_g + gamma B_g A_g x_g        (TGLoRA paper, section 3.2, eq. 4)
 
-The key trick: because all groups share the frozen W, their inputs travel as one batch, group after
-group: x (G*B, ..., k). Norms, activations and attention know nothing about groups; only this layer
-takes the batch apart, to add each group's adapter. With one group it is plain LoRA.
+The key trick: because all groups share the frozen W, their inputs can travel as one batch, group
+after group: x (G*B, ..., k). Norms, activations and attention know nothing about groups. Within a
+stage, only this layer takes the batch apart, to add each group's adapter. With one group, the layer
+is plain LoRA.
 
     layer = TGLoRALinear(nn.Linear(96, 288), ranks=(32, 16, 16))    # three groups
     y = layer(x)                                                    # (3*B, L, 96) -> (3*B, L, 288)
 
 To adapt a whole backbone, cut it into stages: `add_adapters` wraps the linear layers of a stage,
-and `run_stages` runs the stages and branches between them as the tree of tasks does.
+and `run_stages` runs the stages in order and branches before each one as the tree of tasks says.
 
-Shapes: B batch, G groups, r rank, k inputs, d outputs, N rows per group.
+Shapes: B batch, G groups, r rank, k inputs, d outputs, N rows per group (all tokens of B images).
 References: arXiv 2509.19602, section 3.2; LoRA, arXiv 2106.09685.
 """
 
@@ -30,9 +31,10 @@ from torch.nn.utils.rnn import pad_sequence
 class TGLoRALinear(nn.Module):
     """A frozen linear layer plus one adapter of rank ranks[g] for each group g.
 
-    `weight` and `bias` keep their names, so checkpoints of the original model still fit. All new
-    parameters are called `lora_*`. `scale` is gamma of eq. 4, a constant in the paper's recipe.
-    Raises ValueError for a rank below 1, or for a lazy layer that has no weight yet.
+    `weight` and `bias` keep their names, so checkpoints of the original model still load with
+    strict=False. All new parameters are called `lora_*`. `scale` is gamma of eq. 4, a constant in
+    the paper's recipe. Raises ValueError if `ranks` is empty or contains a rank below 1, or for a
+    lazy layer that has no weight yet.
     """
 
     least_rank = 1  # extras.mtlora allows 0, which means no adapter
@@ -73,7 +75,7 @@ class TGLoRALinear(nn.Module):
         self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (G*B, ..., k), group after group -> (G*B, ..., d)."""
+        """Eq. 4: x (G*B, ..., k), group after group -> (G*B, ..., d)."""
         self.called = True
         G = len(self.ranks)
         if x.shape[0] % G:
@@ -87,20 +89,21 @@ class TGLoRALinear(nn.Module):
         return self.add_low_rank(flat_y, flat_x).view(y.shape)
 
     def forward_merged(self, x: Tensor) -> Tensor:
-        """After `merge` each group has its own weight: y_g = W_g x_g + bias."""
+        """`forward` after `merge`, when each group has its own weight: y_g = W_g x_g + bias."""
         x = x.unflatten(0, (len(self.ranks), -1))                     # (G, B, ..., k)
         y = [F.linear(x_g, W_g, self.bias) for x_g, W_g in zip(x, self.weight)]
         return torch.cat(y)                                           # (G*B, ..., d)
 
     def drop(self, x: Tensor) -> Tensor:
-        """Dropout on the adapters' input. The frozen product W x sees all of x."""
+        """Dropout on the adapters' input. The frozen product W x is computed without dropout."""
         return F.dropout(x, self.dropout, self.training)
 
     def add_low_rank(self, y: Tensor, x: Tensor, groups: slice = slice(None)) -> Tensor:
-        """Eq. 4 for all groups, or for a slice of them: y_g + gamma B_g A_g x_g.
+        """Add the adapters' outputs, for all groups or a slice: y_g + gamma B_g A_g x_g (eq. 4).
 
         y (G, N, d), or (1, N, d) if all groups start from the same y; x (G, N, k) -> (G, N, d).
-        One batched product serves all groups: smaller ranks are padded with zeros.
+        With a slice, G is the number of groups in it. Each of the two products is computed for all
+        G groups at once: smaller ranks are padded with zeros.
         """
         A = list(self.lora_A)[groups]
         B_transposed = [B.T for B in list(self.lora_B)[groups]]
@@ -109,13 +112,12 @@ class TGLoRALinear(nn.Module):
         return torch.baddbmm(y, x @ A.mT, B_transposed, alpha=self.scale)
 
     def macs(self, rows: int) -> tuple[int, int]:
-        """MACs for `rows` rows per group, as two numbers: of W with its bias, and of the adapters.
-        """
+        """Multiply-accumulates for `rows` rows per group: (frozen layer, adapters)."""
         G = len(self.ranks)
         k = self.in_features
         d = self.out_features
         inputs = k if self.bias is None else k + 1
-        rank = 0 if self.merged else max(self.ranks)  # all ranks are padded to this one
+        rank = 0 if self.merged else max(self.ranks)  # smaller ranks are padded to the largest
         return G * rows * inputs * d, G * rows * rank * (k + d)
 
     @torch.no_grad()
@@ -127,7 +129,7 @@ class TGLoRALinear(nn.Module):
         raises ValueError.
         """
         if self.merged:
-            raise ValueError("TGLoRALinear: already merged")
+            raise ValueError("TGLoRALinear: this layer is already merged; merge it only once")
         W = self.weight.float()
         merged = []
         for A, B in zip(self.lora_A, self.lora_B):
@@ -143,11 +145,11 @@ class TGLoRALinear(nn.Module):
 
 
 def split_rank(rank: int, group_sizes: Sequence[int]) -> tuple[int, ...]:
-    """Divide a combined rank between groups in proportion to their number of tasks (section 4.3).
+    """Divide a combined rank among groups in proportion to their numbers of tasks (section 4.3).
 
-    The result sums to `rank` exactly, and every group gets at least 1. Ranks left over by rounding
-    go to the groups furthest below their share. Raises ValueError if `rank` is smaller than the
-    number of groups.
+    The result sums to `rank` exactly, and every group gets at least 1. The shares are rounded down,
+    and the remainder goes to the groups furthest below their share. Raises ValueError if `rank` is
+    smaller than the number of groups.
     """
     if rank < len(group_sizes):
         raise ValueError(f"rank {rank} is smaller than the number of task groups, "
@@ -169,15 +171,16 @@ def add_adapters(module: nn.Module, names: Sequence[str], ranks: Sequence[int],
 
     names: whole components at the end of a path, such as ("attn.qkv", "mlp.fc1") in Swin or
     ("mlp.0", "mlp.3") in torchvision's ViT. ranks: one per group. A layer that appears under two
-    paths is wrapped once, so both paths share its adapters.
+    such paths is wrapped once, so both paths share its adapters.
 
     Raises ValueError if one of `names` matches no linear layer. Some modules read the weights of
-    their linear layers without calling them, so an adapter would silently do nothing. torchvision's
-    Swin and nn.MultiheadAttention always do this; nn.TransformerEncoderLayer does it in eval mode,
-    unless you call torch.backends.mha.set_fastpath_enabled(False). So each forward pass of `module`
-    checks that all its adapters were called, and raises ValueError if not (except under
-    torch.compile and torch.export). If your model skips whole blocks at random, call add_adapters
-    once per block instead.
+    their linear layers without calling the layers, so an adapter would silently do nothing. The
+    attention of torchvision's Swin and nn.MultiheadAttention always do this, and
+    nn.TransformerEncoderLayer may do it in eval mode, unless you call
+    torch.backends.mha.set_fastpath_enabled(False). Therefore, each forward pass of `module` checks
+    that all adapted layers were called, and raises ValueError if not (except under torch.compile
+    and torch.export). If your model skips whole blocks at random, call add_adapters once per block
+    instead.
     """
     linears = {}
     for path, child in module.named_modules(remove_duplicate=False):
@@ -201,11 +204,11 @@ def add_adapters(module: nn.Module, names: Sequence[str], ranks: Sequence[int],
 
 
 def check_called(paths: Sequence[str], module: nn.Module, inputs: Any, output: Any) -> None:
-    """Forward hook of `add_adapters`: every adapted layer in `paths` must have been called.
+    """Forward hook of `add_adapters`: checks that every adapted layer in `paths` was called.
 
-    The hook runs after every forward pass, not only the first, because torch's encoder layer calls
-    its linear layers in train mode only. It stores paths, not layers, so it also works for a copy
-    of the module.
+    The check runs after every forward pass, not only the first, because torch's encoder layer may
+    call its linear layers in train mode but not in eval mode. The hook stores paths, not layers, so
+    it also works for a copy of the module. Raises ValueError if a layer was not called.
     """
     if torch.compiler.is_compiling():  # also true under torch.export
         return
@@ -217,22 +220,22 @@ def check_called(paths: Sequence[str], module: nn.Module, inputs: Any, output: A
             layer.called = False
     if idle:
         raise ValueError(f"add_adapters: {len(idle)} of {len(paths)} adapted layers were not "
-                         f"called in the forward pass, for example {idle[0]}: the model reads "
-                         "their weights directly and ignores the adapters; adapt other layers, or "
-                         "call torch.backends.mha.set_fastpath_enabled(False) if the model is a "
-                         "torch encoder in eval mode")
+                         f"called in the forward pass, for example {idle[0]}: the model may "
+                         "read their weights directly, which ignores the adapters; adapt other "
+                         "layers, or call torch.backends.mha.set_fastpath_enabled(False) if the "
+                         "model is a torch encoder in eval mode")
 
 
 def run_stages(stages: Iterable[nn.Module], x: Tensor, parents: Sequence[Sequence[int]]
                ) -> list[Tensor]:
-    """Run x through the stages of a backbone and branch before each stage as the tree does.
+    """Run x through the stages of a backbone and branch before each stage as the tree says.
 
     x (B, ...): the first stage's input. parents[stage][group]: the group of the previous stage
-    that this group continues, always 0 in the first stage (grouping.routing computes them from a
-    tree). Each stage gets one batch (G*B, ...), group after group; it may be any module that treats
-    all examples of a batch alike. Returns the output of every stage, (G, B, ...).
+    that this group continues, always 0 in the first stage (grouping.routing computes `parents` from
+    a tree). Each stage gets one batch (G*B, ...), group after group. A stage may be any module that
+    does not mix the examples of a batch. Returns a list with each stage's output, (G, B, ...).
     """
-    x = x[None]                                       # (1, B, ...): one group of all tasks
+    x = x[None]                                       # (1, B, ...): one group with all tasks
     maps = []
     for stage, parent in zip(stages, parents, strict=True):
         if list(parent) != list(range(len(x))):       # if nothing branches, no copy is needed
@@ -245,7 +248,7 @@ def run_stages(stages: Iterable[nn.Module], x: Tensor, parents: Sequence[Sequenc
 
 
 def freeze(backbone: nn.Module, others: Sequence[str] = ()) -> None:
-    """Train only the adapters, and the parameters whose name contains one of `others`."""
+    """Freeze all parameters except the adapters and those whose names contain one of `others`."""
     for name, p in backbone.named_parameters():
         is_other = any(part in name for part in others)
         p.requires_grad_("lora_" in name or is_other)

@@ -7,12 +7,13 @@
     torchrun --standalone --nproc_per_node=4 train.py --dataset nyud --data-root data
 
 `run` reads from top to bottom, in the order in which things happen: settings, data, similarity and
-tree, network, epochs, results. Every knob is in recipes.py. The shuffling, augmentation and dropout
-of a step depend only on the seed and the step's number, so a run can continue from any step.
+tree, network, epochs, results. Every knob is in recipes.py. With the same settings, the shuffling,
+augmentation and dropout of a step depend only on the seed, the step number and, on several GPUs,
+the process. A resumed run therefore continues as if it had never stopped.
 
 On several GPUs each process computes its share of every batch, and DistributedDataParallel
-averages the gradients. A loss is a mean over the images of one process. Only the first process
-measures similarity, evaluates, prints and saves; the others wait for it.
+averages the gradients. Each process averages its losses over its own images. Only the first
+process measures similarity, evaluates, prints and saves; the others wait for it.
 
 In a notebook: `import train; result = train.main([])`, with flags as a list of strings.
 Shapes: B batch, T tasks, H W pixels.
@@ -53,7 +54,7 @@ from util import (VERSIONS, all_finite, amp_dtype, clock, fingerprint, load_opti
 
 # --- settings -------------------------------------------------------------------------------------
 def describe(config: argparse.Namespace) -> str:
-    """The settings of a run, as text that is printed at its start."""
+    """A summary of the settings, printed at the start of a run."""
     height, width = config.size
     adapters = ""
     if config.method == "tglora":
@@ -68,9 +69,10 @@ def describe(config: argparse.Namespace) -> str:
 def known_tree(config: argparse.Namespace) -> list[Partition] | None:
     """The tree, if it is known without measuring any similarity; otherwise None.
 
-    It is known if --tree gives it, or if --groups leaves no choice. With --tree, config.groups is
-    set to the tree's numbers of groups. Raises ValueError if the file does not fit the tasks, or if
-    these groups or ranks are impossible.
+    The tree is known if --tree names a file, or if every stage has one group or one group per task.
+    With --tree, config.groups is set to the tree's numbers of groups. Raises ValueError if the tree
+    file cannot be read or does not fit the tasks. Without --tree, raises ValueError if the groups
+    or the rank are impossible.
     """
     T = len(config.tasks)
     if config.tree:
@@ -84,7 +86,8 @@ def known_tree(config: argparse.Namespace) -> list[Partition] | None:
 
 
 def as_numbers(results: dict) -> dict[str, dict[str, float]]:
-    """{task: {metric: float}} from JSON, where null stands for "not a number"."""
+    """Convert the values of {task: {metric: value}}, read from JSON, to floats; None becomes NaN.
+    """
     numbers = {}
     for task, metrics in results.items():
         numbers[task] = {}
@@ -94,9 +97,11 @@ def as_numbers(results: dict) -> dict[str, dict[str, float]]:
 
 
 def read_results(path: Path) -> dict:
-    """The content of a metrics.json. Raises ValueError if the file is damaged or not of this kind.
+    """Read a file of results, such as the metrics.json of a run.
+
+    Raises ValueError if the file is missing or damaged, or if it holds no results.
     """
-    with reading(path, "a metrics.json of a run"):
+    with reading(path, "a results file such as the metrics.json of a run"):
         run = json.loads(path.read_text("utf-8-sig"))
         run["results"] = as_numbers(run["results"])
         if "last" in run:
@@ -105,9 +110,10 @@ def read_results(path: Path) -> dict:
 
 
 def read_baseline(config: argparse.Namespace, tasks: Sequence) -> dict:
-    """{task: {metric: value}} from the files of --baseline: one for all tasks, or one per task.
+    """Read the --baseline files, one for all tasks or one per task, as {task: {metric: value}}.
 
-    Raises ValueError if a file is damaged or from another dataset, or if a task has no result.
+    Raises ValueError if a file cannot be read or is from another dataset, or if a task's main
+    metric is missing or not above 0.
     """
     baseline = {}
     for path in config.baseline:
@@ -124,29 +130,30 @@ def read_baseline(config: argparse.Namespace, tasks: Sequence) -> dict:
 
 
 # --- the tree -------------------------------------------------------------------------------------
-def compute_tree(config: argparse.Namespace, tasks: Sequence, dataset,
-                 device: torch.device) -> tuple[list[Partition], dict]:
-    """Train decoders on the frozen backbone, compare gradients and group the tasks.
+def similarity_batches(config: argparse.Namespace, dataset, batch_size: int, device: torch.device,
+                       label: str) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """Yield batches of the examples on which the similarity is measured, without augmentation.
 
-    Returns the tree, and the similarities in the form they have in tree.json. See sections 3.1, 3.3
-    and 4.4.
+    There are `config.sim_images` examples, or fewer if the dataset is smaller. The seed decides
+    which examples are used, and in which order. label: the text of the progress line.
     """
     shuffled = epoch_batches(len(dataset), len(dataset), 1, config.seed)[0]
     subset = shuffled[:config.sim_images]
-    N = len(subset)
+    batches = [subset[i:i + batch_size] for i in range(0, len(subset), batch_size)]
+    for batch in progress(loader(dataset, batches, config.workers), label):
+        yield warp(batch, config.size, device)
+
+
+def train_decoders(config: argparse.Namespace, tasks: Sequence, dataset,
+                   device: torch.device) -> nn.Module:
+    """Train the decoders through which the similarity is then measured (section 4.4).
+
+    Returns the model: the frozen backbone with these decoders, without adapters.
+    """
+    N = min(config.sim_images, len(dataset))
     batches = epoch_batches(N, config.batch_size, config.head_epochs, config.seed)
-    B = len(batches[0])
-    in_order = [list(range(i, min(i + B, N))) for i in range(0, N, B)]
-    one_by_one = [[i] for i in range(N)]
-
-    def load(batches: Sequence[list[int]], label: str) -> Iterator[tuple[Tensor, dict]]:
-        """Load these batches of the subset, without augmentation: images and labels."""
-        own = [[subset[i] for i in batch] for batch in batches]
-        for batch in progress(loader(dataset, own, config.workers), label):
-            yield warp(batch, config.size, device)
-
-    print(f"similarity: training decoders on {N} images for {config.head_epochs} epochs, then "
-          f"comparing gradients on the same images", flush=True)
+    print(f"similarity: training decoders on {N} images for {config.head_epochs} epochs; the "
+          "gradients are compared on the same images", flush=True)
     plain = argparse.Namespace(**{**vars(config), "method": "decoders"})
     everyone = [tuple(range(len(tasks)))]
     model = build(plain, tasks, [everyone] * 4).to(device)
@@ -154,12 +161,25 @@ def compute_tree(config: argparse.Namespace, tasks: Sequence, dataset,
     amp = amp_dtype(config.amp, device)
     if amp is torch.float16:
         amp = None                              # fp16 needs a loss scaler, which is not used here
-    finetune_decoders(model, tasks, load(in_order, "feature maps"),
-                      progress(batches, "decoders"), config.head_lr, amp, steps=len(batches))
+    examples = similarity_batches(config, dataset, len(batches[0]), device, "feature maps")
+    finetune_decoders(model, tasks, examples, progress(batches, "decoders"), config.head_lr, amp,
+                      steps=len(batches))
     if not all_finite(model.state_dict()):
         raise ValueError("training the decoders for the similarity diverged: their weights are not "
                          "finite. Try a lower --head-lr")
-    similarity = task_similarity(model, tasks, load(one_by_one, "gradients"), config.normalize)
+    return model
+
+
+def compute_tree(config: argparse.Namespace, tasks: Sequence, dataset,
+                 device: torch.device) -> tuple[list[Partition], dict]:
+    """Train decoders on the frozen backbone, compare the tasks' gradients and group the tasks.
+
+    Returns the tree, and a dict that is saved in tree.json: the similarities, and the stability of
+    each stage. See sections 3.1, 3.3 and 4.4 of the paper.
+    """
+    model = train_decoders(config, tasks, dataset, device)
+    examples = similarity_batches(config, dataset, 1, device, "gradients")
+    similarity = task_similarity(model, tasks, examples, config.normalize)
     print(format_similarity(similarity, config.tasks))
 
     tree = build_tree(similarity.mean, config.groups)
@@ -172,7 +192,7 @@ def compute_tree(config: argparse.Namespace, tasks: Sequence, dataset,
 
 def shared_tree(config: argparse.Namespace, tasks: Sequence, dataset, device: torch.device,
                 rank: int, world: int) -> list:
-    """The result of `compute_tree`, which the first process runs and sends to all others."""
+    """Run `compute_tree` in the first process, and return its result in every process."""
     answer = [None, None]
     if rank == 0:
         answer = list(compute_tree(config, tasks, dataset, device))
@@ -183,7 +203,10 @@ def shared_tree(config: argparse.Namespace, tasks: Sequence, dataset, device: to
 
 # --- optimisation ---------------------------------------------------------------------------------
 def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW on the trained parameters; no decay on 1-D weights (biases, norms) and bias tables."""
+    """AdamW on the trained parameters.
+
+    1-D weights (biases, norms) and position-bias tables have no weight decay.
+    """
     decayed, plain = [], []
     for name, p in model.named_parameters():
         if not p.requires_grad:
@@ -199,20 +222,24 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.op
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
-    """Linear warm-up to `peak`, then a half cosine down to 0. warmup: its share of all steps."""
+    """The learning rate of a step: linear warm-up to `peak`, then half a cosine towards 0.
+
+    step: counted from 0. steps: number of steps in the run. warmup: the share of the steps before
+    the peak.
+    """
     ramp = warmup * steps                       # steps before the peak
     if step < ramp:
-        return peak * (step + 1) / (ramp + 1)   # the first step is not wasted on a rate of 0
+        return peak * (step + 1) / (ramp + 1)   # + 1: the rate of step 0 is not 0
     return peak * 0.5 * (1 + math.cos(math.pi * (step - ramp) / (steps - ramp)))
 
 
 def training_batches(config: argparse.Namespace, dataset, batches: Sequence[list[int]], start: int,
                      rank: int, world: int, device: torch.device
                      ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """This process's share of each batch from step `start` on: image (B, 3, H, W) and labels."""
+    """Yield this process's share of each batch from step `start` on: image (B, 3, H, W), labels."""
     own = [batch[rank::world] for batch in batches[start:]]
     for step, batch in enumerate(loader(dataset, own, config.workers), start):
-        # Seed this step's augmentation, dropout and drop path, whatever came before it.
+        # Reseed, so that augmentation, dropout and drop path do not depend on earlier steps.
         torch.manual_seed(config.seed * 1_000_003 + step + 7919 * rank)
         B = len(batch["image"])
         augmentation = draw_augmentation(B, config.flip, config.scales, config.rotate)
@@ -222,11 +249,12 @@ def training_batches(config: argparse.Namespace, dataset, batches: Sequence[list
 def train_step(model: nn.Module, tasks: Sequence, optimizer: torch.optim.Optimizer,
                scaler: torch.amp.GradScaler, image: Tensor, labels: dict[str, Tensor], clip: float,
                amp: torch.dtype | None, parts: int = 1) -> Tensor:
-    """One update of the weights. Returns the losses (T,), not multiplied by the tasks' weights.
+    """Update the weights once. Returns the losses (T,), not multiplied by the tasks' weights.
 
-    The batch may be computed in several parts, to save memory; a loss is then the mean of the
-    parts. If the losses are finite but the gradient is not, all losses are returned as NaN. With
-    fp16 they are not, because its scaler skips such a step. Nothing in here waits for the GPU.
+    With `parts` above 1, the batch is computed in at most that many parts to save memory, and each
+    loss is the mean over the parts. If the losses are finite but the gradient is not, all losses
+    are returned as NaN, except with fp16, whose scaler skips such a step. Nothing in here waits for
+    the GPU.
     """
     model.train()
     losses = torch.zeros(len(tasks), device=image.device)
@@ -266,15 +294,16 @@ class LossLog:
         self.counts = torch.zeros_like(self.sums)
 
     def add(self, losses: Tensor, labels: dict[str, Tensor]) -> None:
-        """Add one step's losses (T,). The step does not count for tasks without labels in it."""
+        """Add one step's losses (T,). A task's mean leaves out steps without a label for it."""
         labelled = torch.stack([task.valid(labels[task.name]).any() for task in self.tasks])
         self.sums += losses
         self.counts += labelled
 
     def report(self, step: int, num_steps: int) -> dict[str, float | None]:
-        """Print and return the mean losses, None for a task without labels; then start again.
+        """Print and return each task's mean loss since the last report, then reset the means.
 
-        This waits for the GPU. Raises ValueError if a loss or its gradient was not finite.
+        The mean is None for a task without labels. This waits for the GPU. Raises ValueError if a
+        loss that was added is not finite.
         """
         means, words, bad = {}, [], []
         for task, total, count in zip(self.tasks, self.sums.tolist(), self.counts.tolist()):
@@ -284,8 +313,8 @@ class LossLog:
                 bad.append(task.name)
         if bad:
             raise ValueError(f"the loss of {', '.join(bad)}, or its gradient, is not finite "
-                             f"between steps {self.start} and {step}. The checkpoints are from "
-                             "before that. Try a lower --lr, or --amp off")
+                             f"between steps {self.start} and {step}. The checkpoints already "
+                             "saved are not affected. Try a lower --lr, or --amp off")
         speed = (step - self.start) / (time.monotonic() - self.clock)   # steps per second
         left = clock((num_steps - step) / speed)
         memory = ""
@@ -311,7 +340,7 @@ def start_processes(device: torch.device) -> tuple[int, int, torch.device]:
     """Join the processes that torchrun started. Returns (rank, number of processes, device).
 
     Without torchrun, the rank is 0 and the number of processes is 1. On CUDA, each process gets its
-    own device. Only the first process prints.
+    own device. Silences the standard output of all processes but the first.
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
@@ -320,7 +349,7 @@ def start_processes(device: torch.device) -> tuple[int, int, torch.device]:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    # The others wait while the first process measures similarity or evaluates: allow a day.
+    # The other processes wait while the first one measures similarity or evaluates: allow a day.
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(days=1))
     if rank > 0:
@@ -329,10 +358,10 @@ def start_processes(device: torch.device) -> tuple[int, int, torch.device]:
 
 
 def state_to_continue(config: argparse.Namespace, out: Path) -> dict | None:
-    """The content of last.pt with --resume; None for a new run.
+    """The content of last.pt for a resumed run, or None for a new run.
 
-    Raises ValueError if the folder of a new run already exists, or if a checkpoint of the run to
-    resume is missing or damaged.
+    Raises ValueError if the folder of a new run already exists. With --resume, raises ValueError if
+    a checkpoint is missing or damaged, or if last.pt has no optimizer state.
     """
     path = out / "last.pt"
     if not config.resume:
@@ -344,14 +373,17 @@ def state_to_continue(config: argparse.Namespace, out: Path) -> dict | None:
     last = read_checkpoint(path)
     if "optimizer" not in last:
         raise ValueError(f"{path} has no optimizer state, so the run cannot be resumed from it; is "
-                         "it a copy of best.pt?")
+                         "it a copy of best.pt? Restore the last.pt of this run, or start a new "
+                         "run with another --out")
     if last["best"]:
         read_checkpoint(out / "best.pt")        # fail now if it is gone, not after the last epoch
     return last
 
 
 def open_splits(config: argparse.Namespace, rank: int, world: int) -> tuple:
-    """The training and validation sets. The others wait while the first process unpacks an archive.
+    """Open the training and validation sets, in the first process before the others.
+
+    The first process may have to unpack an archive, so the others wait until it is done.
     """
     if rank > 0:
         dist.barrier()
@@ -362,7 +394,10 @@ def open_splits(config: argparse.Namespace, rank: int, world: int) -> tuple:
 
 
 def open_log(path: Path, step: int):
-    """Open log.jsonl for appending, after removing the lines of steps later than `step`."""
+    """Open log.jsonl for appending.
+
+    Drops an incomplete last line, and the lines for steps after `step`.
+    """
     kept = ""
     if path.exists():
         with reading(path, "the log of a run; delete it to continue without the old lines"):
@@ -374,10 +409,11 @@ def open_log(path: Path, step: int):
 
 
 def run(config: argparse.Namespace) -> dict:
-    """One run, from its settings to its results.
+    """Run everything, from the settings to the results.
 
-    Returns the content of metrics.json, or of tree.json with --tree-only. Raises ValueError if a
-    setting or a file is wrong.
+    Returns the content of metrics.json, or of tree.json with --tree-only. On several GPUs, only the
+    first process returns the metrics; the others return {}. Raises ValueError if a setting or a
+    file is wrong, or if a loss or weight is no longer finite.
     """
     # --- settings: fail early, before any work ---
     rank, world, device = start_processes(pick_device(config.device))
@@ -394,9 +430,9 @@ def run(config: argparse.Namespace) -> dict:
     train_set, val_set = open_splits(config, rank, world)
     batches = epoch_batches(len(train_set), config.batch_size, config.epochs, config.seed)
     num_steps, steps_per_epoch = len(batches), len(batches) // config.epochs
-    batch_size = len(batches[0])                # smaller than asked for if there are fewer images
+    batch_size = len(batches[0])                # below --batch-size if there are fewer images
     if batch_size % world:
-        raise ValueError(f"a batch of {batch_size} images cannot be shared evenly by {world} "
+        raise ValueError(f"a batch of {batch_size} images cannot be shared evenly among {world} "
                          "processes; change --batch-size or --nproc_per_node")
     val_batches = loader(val_set, [[i] for i in range(len(val_set))], config.workers)
 
@@ -490,7 +526,7 @@ def run(config: argparse.Namespace) -> dict:
     if not leads:
         return {}
 
-    # --- results: the table and the pictures, of the best epoch ---
+    # --- results: table and predictions of the best epoch, curves, tree ---
     log.close()
     load_trained(model, read_checkpoint(out / "best.pt"), out / "best.pt")
     constants = reference(tasks, val_batches, config.size)
@@ -510,7 +546,7 @@ def run(config: argparse.Namespace) -> dict:
 
 
 def make_folder(out: Path) -> None:
-    """Create the run's folder. Raises ValueError if that fails, as when it exists by now."""
+    """Create the run's folder. Raises ValueError if that fails, or if the folder exists."""
     try:
         out.mkdir(parents=True)
     except OSError as error:
@@ -518,7 +554,11 @@ def make_folder(out: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """The command line as a function. argv: the flags as a list. Returns what `run` returns."""
+    """Parse the flags, call `run` with the settings, and return its result.
+
+    argv: the flags as a list of strings; None means the command line. If a flag or a file is wrong,
+    the program ends with a message instead of a traceback.
+    """
     with one_line_errors():
         return run(parse_arguments(argv))
 

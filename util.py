@@ -1,10 +1,10 @@
-"""Helpers around a run: the device, progress lines, files on disk, and error messages.
+"""Helpers for a run: the device, progress lines, files on disk, and error messages.
 
 Nothing in this file depends on a particular network, task or dataset. Three rules protect the
 checkpoints and metrics of a run:
 
-    1. A file is written under a temporary name and then renamed, so a crash keeps the old one.
-    2. A checkpoint with a NaN or infinite number in it is never written.
+    1. A file is written under a temporary name and then renamed, so the old file survives a crash.
+    2. A checkpoint is never written if one of its tensors contains NaN or infinity.
     3. A checkpoint is read as tensors and plain data only (torch.load's `weights_only`), and it
        can only be used with the frozen backbone it was trained with (`fingerprint`).
 
@@ -45,20 +45,20 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {name} cannot be used on this machine; expected cpu, or cuda "
-                         "on a machine with an NVIDIA GPU and its driver") from error
+        raise ValueError(f"--device {name} cannot be used on this machine; expected cpu, "
+                         "cuda (with an NVIDIA GPU and its driver) or mps (on a Mac)") from error
     return device
 
 
 def amp_dtype(choice: str, device: torch.device) -> torch.dtype | None:
     """The data type that autocast computes in, or None for float32.
 
-    "auto" means bf16 on a GPU that supports it, fp16 on an older GPU, and float32 elsewhere.
+    "auto" means bf16 on a CUDA GPU that supports it, fp16 on an older one, and float32 elsewhere.
     """
     if choice == "auto":
         if device.type != "cuda":
             choice = "off"
-        elif torch.cuda.is_bf16_supported():
+        elif torch.cuda.is_bf16_supported(including_emulation=False):
             choice = "bf16"
         else:
             choice = "fp16"
@@ -67,7 +67,7 @@ def amp_dtype(choice: str, device: torch.device) -> torch.dtype | None:
 
 # --- progress -------------------------------------------------------------------------------------
 def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
+    """Format a number of seconds as h:mm:ss."""
     seconds = round(seconds)
     return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
@@ -75,8 +75,9 @@ def clock(seconds: float) -> str:
 def progress(items: Iterable, label: str, total: int | None = None) -> Iterator:
     """Yield `items` one by one and print how many are done and how much time is left.
 
-    A terminal shows one line that is updated in place. Elsewhere, as in a log file, a line appears
-    every 5 seconds. Work that takes less than a second prints nothing.
+    A terminal shows one line that is updated in place, once the work has taken a second. Elsewhere,
+    as in a log file, a line appears every 5 seconds and at the end; work that takes less than 5
+    seconds prints nothing.
     total: the number of items, needed if `items` has no length.
     """
     total = len(items) if total is None else total
@@ -100,9 +101,11 @@ def progress(items: Iterable, label: str, total: int | None = None) -> Iterator:
 # --- errors ---------------------------------------------------------------------------------------
 @contextmanager
 def reading(path: str | Path, expected: str) -> Iterator[None]:
-    """Turn any error while reading a file into a one-line ValueError that names the file.
+    """Turn any error while reading a file into a ValueError that names the file.
 
-    expected: the kind of file, for the message, as in "a checkpoint of train.py".
+    A plain ValueError keeps its whole message. For any other error, the new message ends with the
+    error's type and the start of its first line. expected: the kind of file, such as "a checkpoint
+    of train.py".
     """
     if not Path(path).is_file():
         raise ValueError(f"no file {path}; expected {expected}")
@@ -120,12 +123,15 @@ def reading(path: str | Path, expected: str) -> Iterator[None]:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """End a program with one line on bad input (ValueError, OSError). A bug keeps its traceback."""
+    """End a program with a message instead of a traceback on bad input or Ctrl-C.
+
+    ValueError and OSError count as bad input. Any other error is a bug and keeps its traceback.
+    """
     try:
         yield
     except KeyboardInterrupt:
-        raise SystemExit("interrupted; if training had started, --resume continues from the end of "
-                         "the last complete epoch") from None
+        raise SystemExit("interrupted; if train.py has written a last.pt, --resume continues the "
+                         "run from the end of its last complete epoch") from None
     except (ValueError, OSError) as error:
         message = str(error) or repr(error)
         # An error in a data worker arrives as text: a traceback, then the message.
@@ -149,7 +155,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """Strict JSON: a number that is not finite becomes null."""
+    """Convert to strict JSON, in which a number that is not finite becomes null."""
     finite = json.loads(json.dumps(value), parse_constant=lambda _: None)
     return json.dumps(finite, indent=indent)
 
@@ -159,7 +165,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def all_finite(value: Any) -> bool:
-    """Whether all numbers in the tensors of nested dicts are finite."""
+    """Whether all tensors in nested dicts are finite. Other values are not checked."""
     if isinstance(value, dict):
         return all(all_finite(v) for v in value.values())
     return not isinstance(value, Tensor) or bool(value.isfinite().all())
@@ -168,9 +174,9 @@ def all_finite(value: Any) -> bool:
 def save(path: Path, state: dict) -> None:
     """Write a checkpoint. Raises ValueError if a tensor in it is not finite."""
     if not all_finite(state):
-        raise ValueError(f"{path} was not written: the weights are not finite after step "
-                         f"{state['step']}. The files on disk are from before that. Try a lower "
-                         "--lr, or --amp off")
+        raise ValueError(f"{path} was not written: the weights or the optimizer's state are "
+                         f"not finite after step {state['step']}. The checkpoints already saved "
+                         "are not affected. Try a lower --lr, or --amp off")
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write_whole(path, buffer.getvalue())
@@ -178,7 +184,10 @@ def save(path: Path, state: dict) -> None:
 
 # --- checkpoints ----------------------------------------------------------------------------------
 def read_checkpoint(path: Path) -> dict:
-    """Read a checkpoint that `save` wrote. Raises ValueError if it is damaged, or is not one."""
+    """Read a checkpoint that `save` wrote.
+
+    Raises ValueError if the file is missing, damaged, or not a checkpoint of train.py.
+    """
     with reading(path, "a checkpoint of train.py"):
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():   # torch.load does not compare the checksums
@@ -197,7 +206,7 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash of the frozen weights, which a checkpoint does not hold."""
+    """A hash of the frozen weights. A checkpoint holds this hash instead of those weights."""
     digest = hashlib.sha256()
     for name, p in sorted(model.named_parameters()):
         if not p.requires_grad:
@@ -209,13 +218,16 @@ def fingerprint(model: nn.Module) -> str:
 def load_trained(model: nn.Module, state: dict, path: Path) -> None:
     """Load a checkpoint's trained weights into a model that was built from the same settings.
 
-    Raises ValueError if the frozen backbone is a different one, or if the weights do not fit.
+    Raises ValueError if the model's frozen weights are not those of the run, or if the trained
+    weights do not fit the model.
     """
     ours = fingerprint(model)
     if state["fingerprint"] != ours:
-        raise ValueError(f"{path} was trained on a different backbone: its fingerprint is "
-                         f"{state['fingerprint']}, this one's is {ours}. The run used --weights "
-                         f"{state['config'].get('weights')}")
+        raise ValueError(f"{path} was trained on a different backbone: the frozen weights just "
+                         f"loaded (fingerprint {ours}) are not those of the run (fingerprint "
+                         f"{state['fingerprint']}). The run was started with --weights "
+                         f"{state['config'].get('weights')}: pass the same value, or restore the "
+                         "file if it has changed")
     expected, saved = trained_state(model), state["model"]
     wrong = sorted(expected.keys() ^ saved.keys())
     for name in expected.keys() & saved.keys():
@@ -223,20 +235,23 @@ def load_trained(model: nn.Module, state: dict, path: Path) -> None:
             wrong.append(name)
     if wrong:
         raise ValueError(f"{path} does not fit the network that its own settings describe: "
-                         f"{len(wrong)} weights are missing, unknown or of another shape: "
-                         f"{', '.join(wrong[:4])}")
+                         f"{len(wrong)} weights are missing, unknown or have the wrong shape: "
+                         f"{', '.join(wrong[:4])}; the file may come from another version of this "
+                         "code")
     model.load_state_dict(saved, strict=False)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, path: Path) -> None:
-    """Load AdamW's state. Raises ValueError if a moment has another shape than its parameter.
+    """Load AdamW's state. Raises ValueError if a moment does not have its parameter's shape.
 
-    AdamW does not check this itself: if moments are smaller, its fused step writes past their end.
+    AdamW itself does not check the shapes: if a moment is smaller than its parameter, the fused
+    step writes past the end of the moment.
     """
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for i, moments in saved["state"].items():
         for name in ("exp_avg", "exp_avg_sq"):
             if moments[name].shape != params[i].shape:
-                raise ValueError(f"{path}: the optimizer's {name} number {i} has another shape "
-                                 "than its parameter")
+                raise ValueError(f"{path}: the optimizer's {name} number {i} does not have the "
+                                 "shape of its parameter, so the run cannot be resumed from this "
+                                 "file; restore it, or start a new run with another --out")
     optimizer.load_state_dict(saved)

@@ -1,11 +1,12 @@
-"""Published weights for a backbone: every tensor is loaded, or none is and an error says why.
+"""Published weights for a backbone: either all tensors are loaded, or an error says why none are.
 
-Half-loaded weights ruin a reproduction without any message, so a tensor that is missing or left
-over is always an error. Weights of Swin Transformers come in three layouts: Microsoft's official
-one, which swin.py follows, torchvision's and timm's. The tensors of the last two are renamed.
+Half-loaded weights ruin a reproduction without any message, so a missing or unexpected tensor is
+always an error. Only the classifier, the final norm and precomputed tables are left out on purpose.
+Swin weights come in three layouts: torchvision's, timm's, and Microsoft's official one, which
+swin.py follows. Tensors in the first two layouts are renamed.
 
     load_weights(backbone, "imagenet", "tiny")      # Microsoft's file, downloaded once
-    load_weights(backbone, "torchvision", "tiny")   # torchvision's, also once
+    load_weights(backbone, "torchvision", "tiny")   # torchvision's file, downloaded once
     load_weights(backbone, "my_weights.pth")        # a file in any of the three layouts
 
 References: https://github.com/microsoft/Swin-Transformer;
@@ -33,12 +34,14 @@ def load_weights(backbone: nn.Module, source: str, name: str = "tiny") -> None:
 
     source: "imagenet" (Microsoft's file), "torchvision" (IMAGENET1K_V1), or the path of a file in
     the official, torchvision or timm layout; for a file in assets/, its name is enough. name: the
-    preset to download. Raises ValueError if weights cannot be downloaded, read or matched.
+    preset whose weights are downloaded. Raises ValueError if the weights cannot be downloaded or
+    read, or do not fit the backbone.
     """
     if source in ("imagenet", "torchvision"):
         if name not in TORCHVISION_NAME:
-            raise ValueError(f"weights: no {source} weights exist for backbone {name!r}; expected "
-                             f"one of {', '.join(TORCHVISION_NAME)}, or the path of a file")
+            raise ValueError(f"--weights {source} exists only for the backbones "
+                             f"{', '.join(TORCHVISION_NAME)}, not for {name}; choose one of these, "
+                             "or set --weights to none or to the path of a file")
         if source == "imagenet":
             url = OFFICIAL_URL.format(name=name)
         else:
@@ -79,13 +82,14 @@ def find_file(source: str) -> Path:
         if path.is_file():
             return path
     raise ValueError(f"weights: no file {source}; expected imagenet, torchvision, or the path of "
-                     "a checkpoint")
+                     "a checkpoint (torchvision works only for Swin)")
 
 
 def read_file(path: Path) -> dict[str, Tensor]:
     """All tensors of a PyTorch checkpoint, by name.
 
-    They may be wrapped, as in {"model": ...}. Raises ValueError if the file is damaged.
+    The tensors may be inside an entry called "model" or "state_dict". Raises ValueError if the file
+    cannot be read by torch.load with weights_only=True, or does not hold a dict.
     """
     try:
         if zipfile.is_zipfile(path):
@@ -95,9 +99,12 @@ def read_file(path: Path) -> dict[str, Tensor]:
                 raise ValueError(f"wrong checksum of {damaged}")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load documents no exceptions for a damaged file
-        raise ValueError(f"weights: {path} is damaged or is not a PyTorch checkpoint "
-                         f"({type(error).__name__}); if it is a broken download, delete it and try "
-                         "again") from error
+        raise ValueError(f"weights: {path} is damaged, is not a PyTorch checkpoint, or holds more "
+                         f"than tensors and plain data ({type(error).__name__}); if it is a broken "
+                         "download, delete it and try again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"weights: {path} holds a {type(content).__name__}; expected a dict of "
+                         "tensors")
     for key in ("model", "state_dict"):
         if key in content:
             content = content[key]
@@ -109,9 +116,9 @@ def read_file(path: Path) -> dict[str, Tensor]:
 
 
 def official_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Give the weights of a Swin Transformer in torchvision's or timm's layout the official names.
+    """Give Swin weights in torchvision's or timm's layout the official names.
 
-    Drops the classifier and its norm, and tables that the network computes itself.
+    Drops the classifier, the final norm, and tables that the network computes itself.
     """
     renamed = {}
     merging_first = not any(key.startswith("layers.0.downsample.") for key in state)
@@ -129,7 +136,11 @@ def official_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_torchvision(key: str) -> str:
-    """torchvision numbers patch embedding (0), stages (1, 3, 5, 7) and mergings (2, 4, 6)."""
+    """The official name of a torchvision weight.
+
+    torchvision numbers its modules: 0 is the patch embedding, 1, 3, 5 and 7 are the stages, and 2,
+    4 and 6 the patch mergings.
+    """
     key = key.replace("features.0.0.", "patch_embed.proj.")
     key = key.replace("features.0.2.", "patch_embed.norm.")
     for stage in range(4):
@@ -141,17 +152,22 @@ def from_torchvision(key: str) -> str:
 
 
 def from_timm(key: str) -> str:
-    """Newer timm merges patches at the start of a stage, not at the end of the stage before."""
+    """The official name of a weight from newer versions of timm.
+
+    In those versions, patches are merged at the start of a stage, not at the end of the previous
+    one.
+    """
     for stage in range(3):
         key = key.replace(f"layers.{stage + 1}.downsample.", f"layers.{stage}.downsample.")
     return key
 
 
 def load_all(backbone: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
-    """Load `state` into `backbone` if names and shapes are exactly those of its own weights.
+    """Load `state` into `backbone` if all names and shapes match the backbone's.
 
-    Otherwise changes nothing and raises ValueError, which lists the tensors that are missing,
-    unexpected or misshapen. source: the file's name, for messages.
+    Otherwise leaves `backbone` unchanged and raises a ValueError, which says how many tensors are
+    missing, unexpected or misshapen, and names up to eight of each. source: the file's name, for
+    messages.
     """
     own = backbone.state_dict()
     missing = [key for key in own if key not in state]
@@ -168,6 +184,7 @@ def load_all(backbone: nn.Module, state: dict[str, Tensor], source: str | Path) 
             more = " ..." if len(names) > 8 else ""
             problems.append(f"{len(names)} {problem}: {', '.join(names[:8])}{more}")
     if problems:
-        raise ValueError(f"weights {source} do not fit this backbone: {'; '.join(problems)}")
+        raise ValueError(f"weights {source} do not fit this backbone: {'; '.join(problems)}. "
+                         "Use weights that were made for the same --backbone")
     backbone.load_state_dict(state)
     print(f"backbone weights: {len(state)} of {len(own)} tensors loaded from {source}")

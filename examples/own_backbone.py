@@ -1,11 +1,13 @@
-"""TGLoRA on your own backbone: torchvision's ViT, as four stages of three blocks.
+"""TGLoRA on your own backbone: here torchvision's ViT is cut into four stages of three blocks.
 
     python -m examples.own_backbone
 
 First measure how similar your tasks are, on the network without adapters; then build the tree; then
 add the adapters. (In the other order, the gradients of the adapters would enter the similarity.)
 Only linear layers can be adapted, and only those that the model calls. ViT's attention reads its
-weights directly, so this example adapts its MLPs. Nothing from model.py or swin.py is needed.
+weights directly, so this example adapts only the MLPs. Nothing from model.py or swin.py is needed.
+
+Shapes: B batch, G groups, L tokens, C channels.
 """
 
 import torch
@@ -18,7 +20,7 @@ from tglora import add_adapters, freeze, merge, run_stages, split_rank
 
 
 class Classify:
-    """A task with ten classes. similarity.py needs a task's `name`, `valid` and `loss`."""
+    """A task with ten classes. `task_similarity` needs a task's `name`, `valid` and `loss`."""
 
     def __init__(self, name: str):
         self.name = name
@@ -31,7 +33,7 @@ class Classify:
 
 
 class MultiTaskViT(nn.Module):
-    """A small ViT with one linear head per task. Yours would have pretrained weights."""
+    """A small ViT with one linear head per task. Your backbone would have pretrained weights."""
 
     def __init__(self, tasks: list):
         super().__init__()
@@ -44,7 +46,7 @@ class MultiTaskViT(nn.Module):
         self.parents, self.group_of = routing([everyone] * 4)   # one group until there is a tree
 
     def branch(self, tree: list, rank: int) -> None:
-        """Give each stage adapters of this combined rank, one per group of the tree."""
+        """Give each group of each stage its adapters; in a layer, their ranks sum to `rank`."""
         for stage, partition in zip(self.stages, tree):
             ranks = split_rank(rank, [len(group) for group in partition])
             add_adapters(stage, ("mlp.0", "mlp.3"), ranks)
@@ -71,7 +73,8 @@ def main() -> dict[str, Tensor]:
     names = [task.name for task in tasks]
     model = MultiTaskViT(tasks)
 
-    examples = []               # random here; train your heads before you measure similarity
+    # This data is random. With your data, train the heads before you measure the similarity.
+    examples = []
     for _ in range(20):
         labels = {name: torch.randint(10, (1,)) for name in names}
         examples.append((torch.randn(1, 3, 32, 32), labels))
@@ -92,7 +95,7 @@ def main() -> dict[str, Tensor]:
         optimizer.step()
         print(f"step {step + 1}: loss {loss.item():.3f}")
 
-    merge(model.eval())                                         # no adapters are left
+    merge(model.eval())                                         # fold the adapters into the weights
     with torch.no_grad():
         return model(image)
 

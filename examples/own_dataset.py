@@ -4,13 +4,13 @@
     photos/semseg/1.png        one class per pixel, 0 to 2; 255 means "ignore this pixel"
     photos/moisture/1.npy      float, 0 to 1; 0 or NaN means "not measured"
 
-Every fifth image is for validation. Run it from the folder that holds train.py:
+Every fifth image is for validation. Run the example from the folder that holds train.py:
 
     python -m examples.own_dataset --data-root photos
     python -c "import examples.own_dataset, eval; eval.main()" --checkpoint runs/fields/best.pt
 
-It trains with the recipe for photographs (Swin-Tiny with ImageNet weights, 448x448, 300 epochs).
-For a dry run of about a minute, without a download (--data-root is "photos" by default):
+The run uses the recipe for NYUD-v2 (Swin-Tiny with ImageNet weights, 448x448, 300 epochs).
+A dry run, which takes about a minute and downloads nothing (--data-root is "photos" by default):
 
     python -m examples.own_dataset --weights none --backbone mini --size 112 --epochs 2
 """
@@ -34,13 +34,13 @@ class Moisture:
 
     name = "moisture"
     kind = "values"             # one number per pixel; a flip or zoom moves it but keeps its value
-    channels = 1                # of the label
-    outputs = 1                 # of the prediction
-    weight = 10.0               # of the loss in the total (eq. 8)
+    channels = 1                # numbers per pixel in the label
+    outputs = 1                 # numbers per pixel in the prediction
+    weight = 10.0               # weight of this task's loss in the total loss (eq. 8)
     metric, higher_is_better = "error", False
 
     def valid(self, label: Tensor) -> Tensor:
-        """Which pixels (B, 1, H, W) were measured."""
+        """A mask (B, 1, H, W) of the measured pixels."""
         return label > 0
 
     def loss(self, pred: Tensor, label: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ class Moisture:
     def sums(self, pred: Tensor, label: Tensor) -> Tensor:
         """Number of valid pixels and sum of errors; eval.py adds these up over all images."""
         error = (pred - label).abs()[self.valid(label)]
-        return torch.tensor([len(error), error.sum()])
+        return torch.tensor([len(error), error.sum()], dtype=torch.float64)
 
     def metrics(self, sums: Tensor) -> dict[str, float]:
         pixels, error = sums.tolist()
@@ -71,7 +71,7 @@ class Photos(Dataset):
     """Samples at the image's own size: image (3, H, W) uint8, and one label per task."""
 
     def __init__(self, config, split: str):
-        """config: the flags of the run. split: "train" or "val"."""
+        """config: the settings of the run. split: "train" or "val"."""
         self.root = Path(config.data_root)
         names = sorted(path.stem for path in self.root.glob("images/*.png"))
         validation = names[::5]
@@ -93,11 +93,12 @@ class Photos(Dataset):
         }
 
 
-# Another class map would need four things: TASKS["material"] = Segmentation("material", 3,
-# weight=1.0), its name in "tasks" below, its file, and its entry in __getitem__.
+# A second class map, such as one of materials, needs the line TASKS["material"] =
+# Segmentation("material", 3, weight=1.0), its name in "tasks" below, a file for each image, and an
+# entry in __getitem__. Segmentation is in tasks.py.
 TASKS["moisture"] = Moisture()
 DATASETS["fields"] = Photos
-CLASSES["fields"] = ("soil", "crop", "weed")            # of semseg
+CLASSES["fields"] = ("soil", "crop", "weed")            # classes of semseg
 RECIPES["fields"] = {**RECIPES["nyud"], "tasks": "semseg,moisture", "data_root": "photos"}
 
 if __name__ == "__main__":

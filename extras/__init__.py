@@ -1,1 +1,1 @@
-"""Everything beyond the paper: other methods, another backbone, tools. The core never needs it."""
+"""Everything beyond the paper: other methods, another backbone, tools. TGLoRA runs without it."""

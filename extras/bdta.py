@@ -1,24 +1,28 @@
-"""BDTA + MoTE (Yao et al., AAAI 2026): the tasks adapt in a bypass next to the frozen backbone.
+"""BDTA + MoTE (Yao et al., AAAI 2026): a trained bypass next to the frozen backbone.
 
-The backbone runs once, without a gradient, and gives the maps F_1 to F_4 of its stages before their
-patch merging. The bypass carries one map A_t per task from stage to stage. In every stage it works
-with 1/r of the channels and adapts in two directions, from general to task (G2T) and back (T2G).
+The backbone runs once, without gradients. F is the map of a stage, taken before its patch merging.
+The bypass carries one map A_t per task from stage to stage. In every stage it works with 1/r of the
+channels and adapts in two directions: from general to task (G2T), and from task to general (T2G).
 A prime (') marks a map that has passed through the task's adapter:
 
     A_g2t = H(A_t, F')              H(q, v): x + FFN(LN x), with x = q + attention(LN q, LN v)
     F_t2g = H(F, A_g2t')            adapter: v + W_up GELU(W_down v)
-    A_t   = W_out (A_g2t + F_t2g)   then the frozen patch merging, to the next stage     (eq. 3-8)
+    A_t   = W_out (A_g2t + F_t2g)   back to all channels; the frozen merging follows     (eq. 3-8)
 
-MoTE treats the tasks' maps as experts, and adds a gated mixture of all of them to each task:
+MoTE treats the tasks' maps as experts, and adds a gated mixture of them all to each task's map:
 
     R_t = A_t + gamma_t * sum_q g_t(q) A_q,   g_t = softmax(h_t + N(0, 1) softplus(e_t))  (eq. 9-11)
+
+Two small MLPs compute h_t and e_t from F; in evaluation, the noise is left out. At the end, one
+matrix W_t per task combines the R_t of all four stages for the task's head.
 
     python train.py --dataset pascal --data-root data --method bdta
 
 Tasks are folded into the batch (task after task), as groups are in tglora.py. The backbone's blocks
-keep no activations, since no gradient flows into them. The bypass's gradient flows through the
-frozen mergings.
-Shapes: B batch, T tasks, H W tokens, C channels, c = C / r, h heads, P points.
+store no activations, because no gradient flows through them. The gradient of the bypass does flow
+through the frozen mergings.
+Shapes: B batch, T tasks, H W pixels or tokens, h w tokens of a stage, C channels, c = C / r; in the
+attention, h heads and P points.
 References: the paper, section 3; deformable attention: arXiv 2010.04159, section 4.1, used as in
 ViT-Adapter, arXiv 2205.08534; noisy gates: arXiv 1701.06538.
 """
@@ -32,22 +36,22 @@ from torch import Tensor, nn
 
 from decoders import make_head
 
-EPS = 1e-6      # of every LayerNorm in the bypass, as in ViT-Adapter
+EPS = 1e-6      # epsilon of the LayerNorms in `Direction`, as in ViT-Adapter
 
 
 class DeformableAttention(nn.Module):
-    """For each query, every head reads the value map at only `points` places, which are learned.
+    """For each query, every head reads the value map at only `points` sampling positions.
 
-    A place is an offset, in pixels of the value map, from the position of the query. Values between
-    pixels are interpolated bilinearly, and values outside the map are zero. Raises ValueError if
-    `heads` does not divide `dim`.
+    A linear layer computes these positions from the query, as offsets (in pixels of the value map)
+    from the query's own position. Values between pixels are interpolated bilinearly, and values
+    outside the map are zero. Raises ValueError if `heads` does not divide `dim`.
     """
 
     def __init__(self, dim: int, heads: int = 6, points: int = 4):
         super().__init__()
         if dim % heads:
             raise ValueError(f"DeformableAttention: {dim} channels do not divide into {heads} "
-                             "heads; choose another number of heads")
+                             "heads; choose a different number of heads")
         self.heads = heads
         self.points = points
         self.sampling_offsets = nn.Linear(dim, heads * points * 2)
@@ -57,7 +61,7 @@ class DeformableAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """At the start, head i looks in direction i of a circle, at points 1 to P pixels away."""
+        """Initialise the weights: head i reads in direction i, 1 to P pixels from the query."""
         for linear in self.children():
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
@@ -65,7 +69,7 @@ class DeformableAttention(nn.Module):
         nn.init.xavier_uniform_(self.output_proj.weight)
         angle = torch.arange(self.heads) * (2 * math.pi / self.heads)
         direction = torch.stack([angle.cos(), angle.sin()], 1)              # (h, 2): x, y
-        direction = direction / direction.abs().amax(1, keepdim=True)       # from circle to square
+        direction = direction / direction.abs().amax(1, keepdim=True)       # max(|x|, |y|) = 1
         distance = torch.arange(1, self.points + 1)
         offsets = direction[:, None] * distance[:, None]                    # (h, P, 2)
         with torch.no_grad():
@@ -75,7 +79,8 @@ class DeformableAttention(nn.Module):
         """query (B, H, W, C), value (B, H', W', C) -> (B, H, W, C)."""
         B, H, W, C = query.shape
         h, P = self.heads, self.points
-        # float32 even under autocast: in bfloat16, a place could be off by half a pixel.
+        # Compute sampling positions in float32 even under autocast: bfloat16 would round them by a
+        # noticeable fraction of a pixel on large maps.
         dtype = torch.promote_types(query.dtype, torch.float32)
         v = self.value_proj(value).unflatten(3, (h, -1))                    # (B, H', W', h, C/h)
         v = v.permute(0, 3, 4, 1, 2).flatten(0, 1).to(dtype)                # (B*h, C/h, H', W')
@@ -84,7 +89,7 @@ class DeformableAttention(nn.Module):
         dx, dy = offsets.unflatten(3, (h, P, 2)).unbind(-1)                 # (B, H, W, h, P)
         x = centres(W, query.device, dtype)[:, None, None]                  # (W, 1, 1)
         y = centres(H, query.device, dtype)[:, None, None, None]            # (H, 1, 1, 1)
-        x = x + dx * (2 / value.shape[2])       # grid_sample takes the map as 2 wide and 2 high
+        x = x + dx * (2 / value.shape[2])       # in grid_sample's units, a map is 2 by 2
         y = y + dy * (2 / value.shape[1])
         grid = torch.stack([x, y], -1)                                      # (B, H, W, h, P, 2)
         grid = grid.permute(0, 3, 1, 2, 4, 5).reshape(B * h, H * W, P, 2)
@@ -128,7 +133,7 @@ def make_mlps(count: int, dim: int, hidden: int, outputs: int) -> nn.ModuleList:
 
 
 class Direction(nn.Module):
-    """H of eq. 3: adapts the value with its task's adapter and injects it into the query."""
+    """One direction, G2T or T2G: each task's adapter changes its value map, then H is applied."""
 
     def __init__(self, dim: int, num_tasks: int):
         super().__init__()
@@ -156,7 +161,8 @@ class Direction(nn.Module):
 class BDTA(nn.Module):
     """Bi-directional task adaptation in one stage (section 3.2).
 
-    directions: "g2t", "t2g" or both. With only one, its result replaces the sum in eq. 8 (table 5).
+    directions: "g2t", "t2g" or both. With only one (an ablation, table 5), the result of that
+    direction replaces the sum in eq. 8. T2G without G2T reads the bypass instead of G2T's result.
     """
 
     def __init__(self, dim: int, num_tasks: int, reduction: int = 4,
@@ -174,7 +180,7 @@ class BDTA(nn.Module):
     def forward(self, bypass: Tensor, main: Tensor) -> Tensor:
         """bypass (T*B, H, W, C), main (B, H, W, C) -> (T*B, H, W, C).
 
-        In the first stage all tasks start from the same map, and bypass is (B, H, W, C).
+        In the first stage, where all tasks start from the same map, bypass is (B, H, W, C).
         """
         task = self.bypass_proj(bypass)
         general = self.main_proj(main)
@@ -191,7 +197,10 @@ class BDTA(nn.Module):
 
 
 class Router(nn.Module):
-    """The gates of every task over all tasks, computed from the main branch (eq. 10)."""
+    """Computes each task's gates, one per expert, from the backbone's map (eq. 10).
+
+    Noise is added only in training.
+    """
 
     def __init__(self, dim: int, num_tasks: int):
         super().__init__()
@@ -200,7 +209,7 @@ class Router(nn.Module):
         self.noise = make_mlps(num_tasks, dim, hidden, num_tasks)
 
     def forward(self, main: Tensor) -> Tensor:
-        """main (B, H, W, C) -> (B, T, T). Entry (t, q) is the share of expert q in task t."""
+        """main (B, H, W, C) -> (B, T, T). Entry (b, t, q) is task t's gate for expert q."""
         score = self.pooled(self.gate, main)                            # h_t
         if self.training:
             deviation = F.softplus(self.pooled(self.noise, main))       # softplus(e_t)
@@ -208,17 +217,20 @@ class Router(nn.Module):
         return score.softmax(-1)
 
     def pooled(self, mlps: nn.ModuleList, main: Tensor) -> Tensor:
-        """Mean over all tokens of each MLP's outputs, (B, T, T)."""
+        """The outputs of each MLP, averaged over all tokens: (B, T, T)."""
         scores = [mlp(main).mean((1, 2)) for mlp in mlps]
         return torch.stack(scores, 1)
 
 
 class TaskExperts(nn.Module):
-    """MoTE in one stage (section 3.3): project, mix, and multiply by the stage's part of W_t.
+    """MoTE in one stage (section 3.3): project, mix, then multiply by this stage's columns of W_t.
 
-    width: C_1, the channels of the first stage.
-    bias: whether `fuse` has a bias. The stages share W_t's one bias, so only one stage gets it.
-    mixture: False leaves each task with only its own expert (table 4).
+    The paper applies the matrix W_t to the concatenated maps of all stages. Here each stage applies
+    its own columns of W_t (`fuse`), and BDTANet adds up the results.
+
+    width: C_1, the number of channels in the first stage.
+    bias: whether `fuse` has a bias. W_t has a single bias, so only one stage gets it.
+    mixture: if False, each task uses only its own expert (table 4).
     """
 
     def __init__(self, dim: int, width: int, num_tasks: int, bias: bool, mixture: bool):
@@ -237,8 +249,9 @@ class TaskExperts(nn.Module):
     def forward(self, bypass: Tensor, main: Tensor) -> Tensor:
         """bypass (T*B, h, w, C), main (B, h, w, C) -> (T*B, h, w, C_1)."""
         maps = bypass.unflatten(0, (len(self.project), -1))             # (T, B, h, w, C)
+        # eq. 9 without its upsampling, which follows in BDTANet
         experts = [project(x) for project, x in zip(self.project, maps)]
-        x = torch.stack(experts)                                        # eq. 9, (T, B, h, w, C_1)
+        x = torch.stack(experts)                                        # (T, B, h, w, C_1)
         if self.mixture:
             gates = self.router(main)                                   # (B, T, T)
             mixed = torch.einsum("btq,qbhwc->tbhwc", gates, x)
@@ -288,10 +301,10 @@ class BDTANet(nn.Module):
         fused = 0
         for stage, adapt, experts in zip(self.backbone.layers, self.bypass, self.experts):
             with torch.no_grad():
-                main = stage.blocks(main)               # F_i (B, h, w, C)
+                main = stage.blocks(main)               # F of this stage (B, h, w, C)
             bypass = adapt(bypass, main)                # A_t of this stage (T*B, h, w, C)
-            # The paper upsamples first. Mixing and 1x1 products commute with upsampling, and they
-            # cost less before it.
+            # The paper upsamples before it mixes. Here upsampling comes after the mixing and after
+            # W_t. The result is the same, and these two steps cost less on the small maps.
             x = experts(bypass, main).permute(0, 3, 1, 2)               # (T*B, C_1, h, w)
             fused = fused + F.interpolate(x, size, mode="bilinear")     # (T*B, C_1, H/4, W/4)
             with torch.no_grad():

@@ -1,18 +1,22 @@
-"""How fast is it? The backbone, a training step, inference, data and the similarity.
+"""Benchmarks of training steps, the backbone, inference, reading data, and the similarity.
 
     python -m extras.bench                             # Swin-Tiny at 448x448, two images per step
     python -m extras.bench --only backbone,step --batch 4
     python -m extras.bench --device cuda --batch 8 --compile --data-root data
 
-The sides of a comparison take turns in every round, so if the machine slows down, it slows down for
-all of them. The first round is a warm-up and is not counted. A row shows the median time, the
-quartiles, and the ratio to the first side (its median over the rounds).
+The sides of a comparison, such as methods or trees, get one row each. In every round, all sides of
+a comparison run one after the other, so a machine that slows down affects all of them. The first
+round is a warm-up and is not counted. A row shows the side's median time, its quartiles, and its
+ratio to the first side (the median of the ratios in each round).
 
-GMACs are multiply-accumulates as cost.py counts them. Training everything costs three forward
-passes; training through frozen weights costs two, because their own gradients are never computed.
-"of peak" compares the rate with that of one large matrix product. GiB is the peak memory of a
-training step, weights included; it is measured on a CUDA GPU only, and not for every row.
-docs/PERFORMANCE.md discusses the numbers.
+GMACs are billions of multiply-accumulates in all matrix products (macs_all of cost.py). For a
+training step, they are estimated as the GMACs of several forward passes: three if everything is
+trained, and two with adapters, because most weights are frozen and the gradient only passes through
+them. For bdta and decoders, the backbone counts once and the rest three times.
+
+GMAC/s is the rate, and "of peak" compares it with the rate of one large matrix product. GiB is the
+peak memory of a training step, weights included; it is only measured on CUDA, and not for every
+row. docs/PERFORMANCE.md discusses the numbers.
 """
 
 import argparse
@@ -42,7 +46,7 @@ from tglora import merge
 from train import make_optimizer, train_step
 from util import amp_dtype, one_line_errors, pick_device
 
-ADAPTED = {                             # flags of train.py for PASCAL's four tasks
+ADAPTED = {                             # {name of a row: flags of train.py}, for PASCAL's tasks
     "1,1,1,1 (MTL-LoRA)": "--groups 1,1,1,1",
     "1,2,3,4 (TGLoRA)": "--groups 1,2,3,4",
     "4,4,4,4": "--groups 4,4,4,4",
@@ -55,18 +59,18 @@ TRAINED = {
     "decoders": "--method decoders",
 }
 
-Seconds = dict[str, list[float]]        # {side: its time in each round}
+Seconds = dict[str, list[float]]        # {name of a side: its time in each round}
 
 
 # --- measuring ------------------------------------------------------------------------------------
 def wait(device: torch.device) -> None:
-    """Wait until the GPU has finished its work."""
+    """Wait until a CUDA GPU has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def take_turns(args: argparse.Namespace, sides: dict[str, Callable]) -> Seconds:
-    """Time every side in each of args.rounds rounds, after one round of warm-up."""
+    """Time every side once per round: one round of warm-up, then args.rounds rounds that count."""
     seconds = {name: [] for name in sides}
     for i in range(args.rounds + 1):
         for name, side in sides.items():
@@ -80,7 +84,7 @@ def take_turns(args: argparse.Namespace, sides: dict[str, Callable]) -> Seconds:
 
 
 def matmul_rate(args: argparse.Namespace) -> float:
-    """GMAC/s of one large matrix product, in the type that the network computes in."""
+    """The highest measured GMAC/s of a large matrix product, in the data type set by --amp."""
     n = 8192 if args.device.type == "cuda" else 2048
     a = torch.randn(n, n, device=args.device, dtype=amp_dtype(args.amp, args.device))
     seconds = take_turns(args, {"product": lambda: a @ a})
@@ -89,7 +93,7 @@ def matmul_rate(args: argparse.Namespace) -> float:
 
 def make_rows(section: str, seconds: Seconds, gmacs: dict[str, float] | None = None,
               peak_gib: dict[str, float] | None = None) -> Iterator[dict]:
-    """One row per side. gmacs, peak_gib: {side: value}, for the sides that have a value."""
+    """One row per side. gmacs, peak_gib: {side: value} for the sides whose value is known."""
     first = next(iter(seconds.values()))
     for name, values in seconds.items():
         low, median, high = np.percentile(values, (25, 50, 75)).tolist()
@@ -108,9 +112,9 @@ def make_rows(section: str, seconds: Seconds, gmacs: dict[str, float] | None = N
 
 # --- networks and batches -------------------------------------------------------------------------
 def network(args: argparse.Namespace, flags: str) -> tuple[nn.Module, list, argparse.Namespace]:
-    """A network with random weights from flags of train.py, for PASCAL's four tasks by default.
+    """Build a network for PASCAL, as train.py does with `flags`, but with random weights.
 
-    Also returns its tasks and its settings.
+    Also returns the network's tasks and its settings.
     """
     argv = ["--dataset", "pascal", "--weights", "none", "--backbone", args.backbone]
     config = parse_arguments([*argv, *flags.split()])
@@ -120,7 +124,7 @@ def network(args: argparse.Namespace, flags: str) -> tuple[nn.Module, list, argp
 
 
 def noise(args: argparse.Namespace, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """A batch of noise (batch, 3, H, W) and random labels of PASCAL's four tasks."""
+    """A batch of noise (batch, 3, H, W) and random labels for PASCAL's four tasks."""
     torch.manual_seed(0)
     size = (batch, args.size, args.size)
     image = torch.randn(batch, 3, args.size, args.size)
@@ -136,7 +140,7 @@ def noise(args: argparse.Namespace, batch: int) -> tuple[Tensor, dict[str, Tenso
 
 def trainer(args: argparse.Namespace, model: nn.Module, tasks: list,
             config: argparse.Namespace) -> Callable[[Tensor, dict], Tensor]:
-    """One training step as a function of a batch of images and their labels."""
+    """Return a function that does one training step on a batch (images, labels)."""
     amp = amp_dtype(args.amp, args.device)
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
     scaler = torch.amp.GradScaler(args.device.type, enabled=amp is torch.float16)
@@ -145,15 +149,15 @@ def trainer(args: argparse.Namespace, model: nn.Module, tasks: list,
 
 def step_of(args: argparse.Namespace, flags: str,
             compiled: bool = False) -> tuple[Callable[[], Tensor], float]:
-    """A function that does one training step on noise, and its GMACs."""
+    """Return a function that does one training step on noise, and an estimate of its GMACs."""
     model, tasks, config = network(args, flags)
     macs = count_macs(model, (args.size, args.size))["macs_all"]
     if config.method == "full":
         macs = 3 * macs
-    elif config.method in ("bdta", "decoders"):         # the backbone only runs forward
+    elif config.method in ("bdta", "decoders"):         # no gradient passes through the blocks
         backbone = count_macs(model.backbone, (args.size, args.size))["macs_all"]
         macs = 3 * (macs - backbone) + backbone
-    else:
+    else:                               # underestimates adapters and decoders, which are trained
         macs = 2 * macs
     if compiled:
         model.compile(dynamic=False)
@@ -164,7 +168,7 @@ def step_of(args: argparse.Namespace, flags: str,
 
 # --- the sections ---------------------------------------------------------------------------------
 def step(args: argparse.Namespace) -> Iterator[dict]:
-    """One training step for four tasks, with each tree, each method, and one network per task."""
+    """Time one training step for four tasks: several trees and methods, and a network per task."""
     sides, gmacs, peak_gib = {}, {}, {}
     for name, flags in TRAINED.items():
         if args.device.type == "cuda":
@@ -173,7 +177,7 @@ def step(args: argparse.Namespace) -> Iterator[dict]:
         sides[name], gmacs[name] = step_of(args, flags)
         if args.device.type == "cuda":
             sides[name]()
-            sides[name]()               # the first step with the optimizer's moments in memory
+            sides[name]()               # in this second step, the optimizer's moments are in memory
             peak_gib[name] = (torch.cuda.max_memory_allocated() - before) / 2 ** 30
 
     single_steps, name = [], "one LoRA network per task"
@@ -195,7 +199,7 @@ def step(args: argparse.Namespace) -> Iterator[dict]:
 
 
 def backbone(args: argparse.Namespace) -> Iterator[dict]:
-    """Swin-Tiny from torchvision and from swin.py: a forward pass, then forward and backward."""
+    """Time Swin-Tiny from torchvision and from swin.py: forward only, then forward and backward."""
     torch.manual_seed(0)
     image, _ = noise(args, args.batch)
     amp = amp_dtype(args.amp, args.device)
@@ -219,13 +223,13 @@ def backbone(args: argparse.Namespace) -> Iterator[dict]:
 def forward_and_backward(model: nn.Module, predict: Callable, image: Tensor) -> None:
     model.zero_grad()
     maps = predict(image)
-    if isinstance(maps, list):          # ours returns all four maps, torchvision's the last
+    if isinstance(maps, list):          # our Swin returns four maps, torchvision's returns one
         maps = maps[-1]
     maps.sum().backward()
 
 
 def inference(args: argparse.Namespace) -> Iterator[dict]:
-    """Predictions for four tasks, before and after the adapters are merged into the weights."""
+    """Time predictions for four tasks, before and after adapters are merged into the weights."""
     amp = amp_dtype(args.amp, args.device)
     for name, flags in ADAPTED.items():
         unmerged, _, _ = network(args, flags)
@@ -241,14 +245,18 @@ def inference(args: argparse.Namespace) -> Iterator[dict]:
 
 
 def data(args: argparse.Namespace) -> Iterator[dict]:
-    """The cost of one sample, and how long a training step waits for its batch."""
+    """Time reading, loading batches and training on rooms and, with --data-root, on NYUD-v2."""
     yield from measure_data(args, "rooms", "--train-rooms 32")
     if args.data_root:
         yield from measure_data(args, "nyud", f"--data-root {args.data_root}")
 
 
 def measure_data(args: argparse.Namespace, name: str, flags: str) -> Iterator[dict]:
-    """Time one dataset's samples, then fetching and training on its recipe's batches."""
+    """Time reading samples of the dataset `name` from its files, or rendering them for rooms.
+
+    Then load all samples into memory, and time fetching a batch and a training step on this batch.
+    The training step uses the dataset's recipe, changed by `flags` of train.py.
+    """
     config = parse_arguments(["--dataset", name, "--weights", "none", "--no-cache",
                               *flags.split()])
     dataset = open_dataset(config, "train")
@@ -285,12 +293,12 @@ def measure_data(args: argparse.Namespace, name: str, flags: str) -> Iterator[di
     share = float(np.median(fetching / (fetching + training)))
     for row in make_rows(f"{name} in memory, batch {batch_size}", seconds):
         if row["row"] == "fetch":
-            row["note"] = f"a step waits {share:.2%}"
+            row["note"] = f"{share:.2%} of a step"
         yield row
 
 
 def similarity(args: argparse.Namespace) -> Iterator[dict]:
-    """The gradients and cosines of one example, and the search for the best partition."""
+    """Time measuring the similarity of four tasks on one example, and three partition searches."""
     model, tasks, _ = network(args, "--method decoders")
     example = noise(args, 1)
     sides = {"one example, 4 tasks": partial(task_similarity, model, tasks, [example])}
@@ -333,20 +341,27 @@ def main(argv: list[str] | None = None) -> list[dict]:
         allow_abbrev=False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add = parser.add_argument
-    add("--only", default=",".join(SECTIONS), help="comma-separated sections; default: %(default)s")
+    add("--only", default=",".join(SECTIONS), help="sections to run, separated by commas; "
+        "default: %(default)s")
     add("--device", default=device, help="cpu, cuda or mps; default: %(default)s")
-    add("--size", type=int, default=448, help="side of the square images; default: %(default)s")
-    add("--batch", type=int, default=2, help="images per step; default: %(default)s")
-    add("--rounds", type=int, default=5, help="measured rounds; default: %(default)s")
-    add("--backbone", default="tiny", help="backbone of the networks; default: %(default)s")
-    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision; "
-        "auto: on a GPU only")
-    add("--compile", action="store_true", help="also time TGLoRA's step with torch.compile")
-    add("--data-root", help="folder or archive of NYUD-v2, to add its rows to the data section")
+    add("--size", type=int, default=448, help="height and width of the images, in pixels; "
+        "the data section uses the size in each dataset's recipe; default: %(default)s")
+    add("--batch", type=int, default=2, help="images per training step or forward pass; "
+        "the data section uses the batch size in each dataset's recipe; default: %(default)s")
+    add("--rounds", type=int, default=5, help="number of rounds that count, after one round "
+        "of warm-up; default: %(default)s")
+    add("--backbone", default="tiny", help="backbone for the step, inference and "
+        "similarity sections; default: %(default)s")
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="data type of mixed "
+        "precision; auto: bf16 or fp16 on CUDA, otherwise off")
+    add("--compile", action="store_true", help="in the step section, also time a training "
+        "step of TGLoRA with torch.compile")
+    add("--data-root", help="folder or archive of NYUD-v2; if given, the data section "
+        "also measures reading NYUD's files")
     args = parser.parse_args(argv)
     chosen = args.only.split(",")
     if not set(chosen) <= set(SECTIONS):
-        parser.error(f"--only {args.only}: expected some of {','.join(SECTIONS)}")
+        parser.error(f"--only {args.only}: expected one or more of {','.join(SECTIONS)}")
     with one_line_errors():
         args.device = pick_device(args.device)
         return run_sections(args, chosen)

@@ -1,13 +1,17 @@
 """Choose numbers of groups that fit a compute budget, and group hundreds of tasks.
 
-The paper chooses the number of groups per stage by hand. `frontier` starts from the paper's numbers
-and lets the stages give up one group each in turn, the most expensive stage first, until all tasks
-share everything. The first candidate within the budget wins:
+The paper lets a compute budget decide the number of groups per stage, but does not say how. Here,
+`frontier` starts from the paper's numbers of groups, the first candidate. Then the stages take
+turns giving up one group each, the most expensive stage first, until every stage has one group.
+Each step gives another candidate, and `choose` takes the first candidate within the budget. The
+command also takes the flags of train.py, except those that choose the groups, the tree or another
+method:
 
-    python -m extras.budget --dataset pascal --budget-gmacs 40      # takes the flags of train.py
+    python -m extras.budget --dataset pascal --budget-gmacs 40
 
-The exact search of grouping.py tries all partitions, which is possible for up to ten tasks.
-`near_best_partition` improves random partitions step by step; 200 tasks take a few seconds:
+The exact search of grouping.py tries all partitions, which is feasible for up to ten tasks.
+For more tasks, `near_best_partition` improves random partitions step by step. It takes a few
+seconds for 200 tasks:
 
     tree = build_tree(sim, (1, 5, 10, 20), search=near_best_partition)
 
@@ -37,13 +41,13 @@ class Candidate(NamedTuple):
 
     groups: tuple[int, ...]
     gmacs: float        # for one image, as table 3 counts them
-    trainable: int      # the same for all candidates, because a stage's groups share one rank
+    trainable: int      # the same for all candidates: the groups of a stage split one rank
 
 
 def frontier(config: argparse.Namespace) -> list[Candidate]:
-    """Numbers of groups for a run, from the paper's choice to 1,1,1,1, the most expensive first.
+    """All candidates for a run, the most expensive first: the paper's groups down to 1,1,1,1.
 
-    config: the settings in recipes.py. The network is only measured once, with 1,1,1,1, because
+    config: the settings of a run (recipes.py). The MACs are only counted once, for 1,1,1,1, because
     a stage with G groups costs G times as much as with one group.
     """
     config = copy.copy(config)
@@ -73,25 +77,31 @@ def frontier(config: argparse.Namespace) -> list[Candidate]:
 
 
 def choose(candidates: Sequence[Candidate], budget_gmacs: float) -> Candidate:
-    """The first candidate within the budget. Raises ValueError if even the last one is above it."""
+    """The first candidate within the budget.
+
+    Raises ValueError if the budget is not a positive finite number, or if every candidate costs
+    more.
+    """
     if not 0 < budget_gmacs < math.inf:
         raise ValueError(f"--budget-gmacs {budget_gmacs}: expected a finite positive number")
     for candidate in candidates:
         if candidate.gmacs <= budget_gmacs:
             return candidate
-    raise ValueError(f"--budget-gmacs {budget_gmacs:g}: even if all tasks share everything, the "
-                     f"network needs {candidates[-1].gmacs:.2f} GMACs; use a smaller --size or "
-                     "--backbone")
+    raise ValueError(f"--budget-gmacs {budget_gmacs:g}: even with one group in every stage, the "
+                     f"network needs {candidates[-1].gmacs:.2f} GMACs; raise the budget, or use a "
+                     "smaller --size or --backbone")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print the frontier, and the command that trains with the chosen groups."""
-    parser = argparse.ArgumentParser(description="Choose the number of task groups per stage that "
-                                     "fits a budget. All other flags are those of train.py.",
+    """Print all candidates, and the command that trains with the chosen groups."""
+    parser = argparse.ArgumentParser(description="Choose a number of task groups for each "
+                                     "stage, so that the network fits a compute budget. All flags "
+                                     "of train.py are accepted except --groups, --tree and "
+                                     "--method.",
                                      allow_abbrev=False)
     parser.add_argument("--budget-gmacs", type=float, required=True, help="billions of "
-                        "multiply-accumulates per image in linear and convolution layers, counted "
-                        "as in table 3")
+                        "multiply-accumulates that one image may need in linear and convolution "
+                        "layers (counted as in table 3 of arXiv 2509.19602)")
     parser.add_argument("--groups", help=argparse.SUPPRESS)
     parser.add_argument("--tree", help=argparse.SUPPRESS)
     options, flags = parser.parse_known_args(argv)
@@ -116,33 +126,37 @@ def listed(groups: Sequence[int]) -> str:
 
 # --- many tasks -----------------------------------------------------------------------------------
 def near_best_partition(sim: np.ndarray, num_groups: int) -> Partition:
-    """A partition into `num_groups` groups that no move of one task and no swap of two improves.
+    """A partition into `num_groups` groups that no move of a task or swap of two tasks improves.
 
     sim: (T, T) similarities of tasks. The result is the best of RESTARTS local searches that start
-    from random partitions. The seed is fixed, so every call gives the same result. For ten tasks
-    it is almost always the optimum.
-    Raises ValueError if num_groups is not between 1 and T, or if a similarity is not finite.
+    from random partitions. The seed is fixed, so the same arguments always give the same result. A
+    test with seven tasks checks that at least 99 of 100 results are optimal.
+    Raises ValueError if num_groups is not between 1 and T, or if sim is not a square matrix of
+    finite numbers.
     """
     check_similarity(sim)
     T = len(sim)
     if not 1 <= num_groups <= T:
         raise ValueError(f"cannot split {T} tasks into {num_groups} groups; expected 1 to {T}")
-    both = np.add(sim, np.transpose(sim))       # sim[t, u] + sim[u, t]: the score adds up both
+    both = np.add(sim, np.transpose(sim))       # the score adds up sim[t, u] and sim[u, t]
     np.fill_diagonal(both, 0)
     rng = np.random.default_rng(0)
     results = []
     for _ in range(RESTARTS):
         anywhere = rng.integers(num_groups, size=T - num_groups)
-        group_of = np.concatenate([np.arange(num_groups), anywhere])    # no group is empty
+        group_of = np.concatenate([np.arange(num_groups), anywhere])    # no group starts empty
         group_of = climb(rng.permutation(group_of), both, num_groups)
         results.append(to_partition(group_of))
-    values = np.asarray(sim).tolist()           # Python's numbers are faster one at a time
+    values = np.asarray(sim).tolist()           # lists are faster to read from than arrays
     return max(results, key=lambda partition: score(partition, values))
 
 
 def climb(group_of: np.ndarray, both: np.ndarray, num_groups: int) -> np.ndarray:
-    """Take the best move or swap until none improves the score. group_of (T,) -> (T,)."""
-    # A gain below this is a rounding error, and following it could lead in circles.
+    """Make the best move or swap, again and again, until none improves the score.
+
+    group_of: (T,), the group of each task. both: see `best_neighbour`. Returns the new group_of.
+    """
+    # A smaller gain may be a rounding error, and following it could lead to an endless loop.
     rounding = 1e-12 * np.abs(both).sum()
     while True:
         gain, better = best_neighbour(group_of, both, num_groups)
@@ -153,26 +167,29 @@ def climb(group_of: np.ndarray, both: np.ndarray, num_groups: int) -> np.ndarray
 
 def best_neighbour(group_of: np.ndarray, both: np.ndarray,
                    num_groups: int) -> tuple[float, np.ndarray]:
-    """The best partition that is one move or one swap away.
+    """The best partition that is one move of a task, or one swap of two tasks, away from group_of.
 
-    both: (T, T), the similarities of each pair in both directions added up, 0 on the diagonal.
-    Returns (gain in score, group_of (T,)).
+    group_of: (T,), the group of each task.
+    both: (T, T), the sum of `sim` and its transpose, with 0 on the diagonal.
+    Returns the gain in score and the new group_of (T,).
     """
     member = np.eye(num_groups)[group_of]                   # (T, G), one-hot
     size = member.sum(0)                                    # (G,)
-    links = both @ member                                   # (T, G): of a task to a group
-    pairs = (links * member).sum(0) / 2                     # (G,): of all pairs in a group
-    old = affinity(pairs, size)                             # (G,)
+    # links[t, g] sums both[t, u] over the tasks u of group g; pairs[g] sums `both` over g's pairs.
+    links = both @ member                                   # (T, G)
+    pairs = (links * member).sum(0) / 2                     # (G,)
+    old = affinity(pairs, size)                             # (G,): score of each group
     own_links = (links * member).sum(1)                     # (T,)
-    rest = pairs[group_of] - own_links                      # (T,): pairs of t's group without t
+    rest = pairs[group_of] - own_links                      # (T,): `pairs` of t's group without t
 
     leave = affinity(rest, size[group_of] - 1) - old[group_of]      # (T,)
     join = affinity(pairs + links, size + 1) - old                  # (T, G)
     move = leave[:, None] + join                                    # (T, G): gain
     move[size[group_of] == 1] = -np.inf                             # no group may become empty
-    move[member > 0] = -np.inf                                      # and it must be another group
+    move[member > 0] = -np.inf                                      # a move must change the group
 
-    replaced = rest[:, None] + links[:, group_of].T - both          # (T, T): u in the place of t
+    # replaced[t, u]: the value of `pairs` for t's group after u has taken the place of t.
+    replaced = rest[:, None] + links[:, group_of].T - both          # (T, T)
     swap = affinity(replaced, size[group_of][:, None]) - old[group_of][:, None]
     swap = swap + swap.T                                            # (T, T): gain
     swap[group_of[:, None] == group_of] = -np.inf
@@ -188,15 +205,16 @@ def best_neighbour(group_of: np.ndarray, both: np.ndarray,
 
 
 def affinity(pairs: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """Scores of groups (eq. 5, summed over their tasks).
+    """The score of each group: eq. 5, summed over the group's tasks.
 
-    pairs: for each group, the sum of `both` over its pairs of tasks; size: its number of tasks.
+    pairs: for each group, the sum of sim[t, u] + sim[u, t] over its pairs of tasks. size: the
+    number of tasks in each group.
     """
     return np.where(size > 1, pairs / np.maximum(size - 1, 1), 0)
 
 
 def to_partition(group_of: np.ndarray) -> Partition:
-    """The group of each task, (T,) -> the groups as sorted tuples of tasks."""
+    """Convert `group_of` (T,), each task's group number, to a sorted list of sorted tuples."""
     groups = [np.flatnonzero(group_of == g) for g in np.unique(group_of)]
     return sorted(tuple(group.tolist()) for group in groups)
 

@@ -1,16 +1,18 @@
-"""Read every file of NYUD-v2 or PASCAL-Context once, before you spend days training on it.
+"""Check all files of NYUD-v2 or PASCAL-Context before you spend days training on them.
 
     python -m extras.check --dataset nyud --data-root data        # exit code 0: the data are usable
 
-First it prints numbers for you to judge: image sizes, the share of valid pixels, the frequency of
-each class, the range of depth, and the mean normal. Then it lists every fault: files that are
-missing, damaged or of another size than their image, classes that do not exist, depth in
-millimetres, normals that are not of length 1, images that are in both splits, and tasks without any
-valid pixel in a split. An image without labels for a task is not a fault, because the task's loss
-ignores it. It is listed with the numbers.
+The command first prints numbers for you to judge: image sizes, the share of valid pixels, the
+frequency of each class, the range of depth, and the mean normal. Then it lists the faults: files
+that are missing or damaged, labels whose size differs from that of their image, classes that do not
+exist, depth that seems to be in millimetres, files with many normals whose length is not 1, images
+that are in both splits, and tasks without any valid pixel in a split. An image without labels for a
+task is not a fault, because the task's loss ignores it. The number of such images is printed for
+each task, with the names of the first six.
 
-The name of each file is shown on stderr before the file is read. If a damaged MATLAB file crashes
-its reader, and Python with it, the last line names that file.
+If an image cannot be read, its labels are not read either, so repair the image and check again. The
+name of each file is shown on stderr before the file is read. If a damaged MATLAB file makes Python
+crash, the last line on stderr names that file.
 """
 
 import argparse
@@ -31,12 +33,12 @@ class Summary:
     def __init__(self, task):
         self.task = task
         self.pixels = self.valid = 0
-        self.empty = []             # the images without a valid pixel
-        self.total = 0.0            # classes: pixels per class (classes,); else the sum (channels,)
+        self.empty = []             # names of images without a valid pixel
+        self.total = 0.0            # pixels per class (classes,), or sum of values (channels,)
         self.smallest, self.largest = np.inf, -np.inf
 
     def add(self, label: np.ndarray, id: str) -> None:
-        """label: (H, W) classes or (H, W, channels) floats, of the image `id`."""
+        """Add the label of the image `id`: (H, W) classes or (H, W, channels) floats."""
         batch = torch.from_numpy(np.ascontiguousarray(label))[None]
         if self.task.kind == "classes":
             batch = batch.long()
@@ -77,17 +79,20 @@ class Summary:
 
 
 def shortened(ids: list[str]) -> str:
-    """The first six names of a list."""
+    """The first six names as text, with "..." if there are more."""
     return ", ".join(ids[:6]) + (" ..." if len(ids) > 6 else "")
 
 
 def show(text: str) -> None:
-    """Replace the line that is shown on stderr, and flush it, so that a crash cannot swallow it."""
+    """Replace the text shown on stderr. The flush makes sure that a crash cannot swallow it."""
     print(f"\r{text:<79}", end="", file=sys.stderr, flush=True)
 
 
 def check_split(name: str, root: Path, split: str) -> tuple[list[str], str, list[str]]:
-    """Read one split. Returns the faults, one line each, a summary, and the names of its images."""
+    """Read the images and labels of one split.
+
+    Returns the faults (one line each), a summary, and the names of the split's images.
+    """
     known = [task for task in LAYOUTS[name] if task != "image"]
     tasks = make_tasks(known, SEMSEG[name])
     dataset = Files(name, root, split, known, complete=False)
@@ -97,7 +102,7 @@ def check_split(name: str, root: Path, split: str) -> tuple[list[str], str, list
         size = None
         for task in ("image", *known):
             if task != "image" and size is None:
-                break                       # without its image, a label has no size to compare with
+                break                       # a label is checked against the image's size
             try:
                 for path in dataset.paths(task, id):
                     file = path.relative_to(root)
@@ -123,7 +128,7 @@ def check_split(name: str, root: Path, split: str) -> tuple[list[str], str, list
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Check both splits of a dataset. Exits with an error if it has faults."""
+    """Check both splits of a dataset. Exits with an error if there are faults."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)

@@ -3,13 +3,13 @@
     python -m extras.export --checkpoint runs/nyud/best.pt --merge nyud.pt2
     python -m extras.export --checkpoint runs/full/best.pt --export-backbone backbone.pth
 
-The merged graph needs none of our code:
+The merged graph only needs PyTorch, not this repository:
 
     network = torch.export.load("nyud.pt2").module()
-    predictions = network(images)       # (B, 3, H, W) -> {task: (B, outputs, H, W)}
+    predictions = network(images)       # (B, 3, H, W) -> {task: (B, outputs, H, W)}, B up to 1024
 
-Images must have the size that the network was trained with, and hold RGB values in 0..1 minus
-data.MEAN, divided by data.STD. An existing file is never overwritten.
+Images must have the size that the network was trained with. Their RGB values, from 0 to 1, must be
+normalised: subtract data.MEAN, then divide by data.STD. An existing file is never overwritten.
 Reference: https://docs.pytorch.org/docs/stable/export.html
 """
 
@@ -24,17 +24,17 @@ from eval import load_run
 from tglora import merge
 from util import one_line_errors, write_whole
 
-TOLERANCE = 1e-4        # how far merged predictions may be off, as a share of the largest one
+TOLERANCE = 1e-4        # largest allowed error of merged predictions, see `largest_difference`
 
 
 def refuse_existing(path: Path) -> None:
     """Raise ValueError if `path` exists."""
     if path.exists():
-        raise ValueError(f"{path} exists already; choose another name")
+        raise ValueError(f"{path} already exists; choose another name")
 
 
 def largest_difference(predictions: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """The largest difference in any task, as a share of the task's largest expected value."""
+    """The worst task's largest error, relative to the task's largest expected absolute value."""
     worst = 0.0
     for task, value in expected.items():
         error = (predictions[task] - value).abs().max() / value.abs().max()
@@ -44,11 +44,14 @@ def largest_difference(predictions: dict[str, Tensor], expected: dict[str, Tenso
 
 
 def export_merged(model: nn.Module, size: tuple[int, int], path: Path) -> str:
-    """Merge the adapters into the weights and write the network as one torch.export graph.
+    """Merge the adapters into the weights, in place, and write one torch.export graph.
 
-    The file is read back and compared with the unmerged network. Returns a line to print.
-    size: (H, W) of the images. Raises ValueError, and leaves no file, if `path` exists or if a
-    prediction differs by more than TOLERANCE.
+    Before the file is written, the graph is loaded from memory, and its predictions are compared
+    with those of the unmerged network. MTLoRA's task-specific layers keep their adapters. Returns a
+    message to print.
+
+    size: (H, W) of the images. Raises ValueError and writes nothing if `path` exists, or if the
+    predictions differ by more than TOLERANCE.
     """
     refuse_existing(path)
     image = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
@@ -63,23 +66,24 @@ def export_merged(model: nn.Module, size: tuple[int, int], path: Path) -> str:
         predictions = torch.export.load(file).module()(image)
     difference = largest_difference(predictions, expected)
     if not difference <= TOLERANCE:
-        raise ValueError(f"{path} was not written: the merged network's predictions differ by "
-                         f"{difference:.1e} from the unmerged ones")
+        raise ValueError(f"{path} was not written: the merged network's predictions differ from "
+                         f"the unmerged ones by {difference:.1e} of the largest one, which is more "
+                         "than rounding explains; please report this")
     write_whole(path, file.getvalue())
     return (f"wrote {path}, {path.stat().st_size / 1e6:.0f} MB, for images of {size[0]}x{size[1]}; "
             f"its predictions differ from the unmerged ones by at most {difference:.1e} of the "
-            "largest")
+            "largest one")
 
 
 def export_backbone(model: nn.Module, method: str, path: Path) -> str:
-    """Write the backbone's weights in fp16, under the names that --weights reads.
+    """Write the backbone's weights in fp16, in a format that train.py --weights can read.
 
-    method: the run's --method. Raises ValueError if `path` exists or if the backbone was frozen.
+    method: the run's --method. Raises ValueError if it is not "full", or if `path` exists.
     """
     refuse_existing(path)
     if method != "full":
-        raise ValueError(f"--export-backbone: the run used --method {method}, which keeps the "
-                         "backbone frozen; only --method full trains it")
+        raise ValueError(f"--export-backbone: the run used --method {method}, which does not train "
+                         "the whole backbone; only --method full does")
     weights = {}
     for name, value in model.backbone.state_dict().items():
         weights[name] = value.half() if value.is_floating_point() else value
@@ -95,11 +99,14 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False)
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, help="best.pt or last.pt of a run")
-    add("--weights", help="path of the backbone's weights, if they have moved since the run")
+    add("--checkpoint", type=Path, required=True, help="best.pt or last.pt of a run; or the "
+        "folder of the run, whose best.pt is then used")
+    add("--weights", help="file of the pretrained backbone that the run used, if it has moved")
     output = parser.add_mutually_exclusive_group(required=True)
-    output.add_argument("--merge", type=Path, help="write the network with merged adapters here")
-    output.add_argument("--export-backbone", type=Path, help="write the backbone's weights here")
+    output.add_argument("--merge", type=Path, help="merge the adapters into the network's "
+                        "weights, and write the network to this file as a torch.export graph")
+    output.add_argument("--export-backbone", type=Path, help="write the backbone's weights to "
+                        "this file, for train.py --weights; only for runs with --method full")
     args = parser.parse_args(argv)
     with one_line_errors():
         model, _, config = load_run(args.checkpoint, args.weights)

@@ -1,16 +1,18 @@
-"""MTLoRA and MTLoRA+ (Agiza et al., CVPR 2024): shared adapters, and task-specific ones per stage.
+"""MTLoRA and MTLoRA+ (Agiza et al., CVPR 2024): shared and task-specific adapters.
 
 Within a stage, all tasks share plain LoRA adapters of rank r, up to the attention of the last
-block. At that block's `proj`, the batch branches into 1 + T groups. Group 0 keeps the shared
-adapter and goes on to the next stage. Groups 1 to T use the tasks' own adapters, pass through the
-same patch merging, and go only to the decoders. In these layers the frozen product is computed
-once, from the shared features x_0. Only the task's adapter reads the task's own features x_t:
+block. At `proj`, the output projection of that attention, the batch branches into 1 + T groups.
+Group 0 keeps the shared adapter and goes on to the next stage. Groups 1 to T use the tasks' own
+adapters, pass through the stage's patch merging too, and then go only to the decoders. From `proj`
+to the end of the block, each linear layer computes its frozen product once, from the shared
+features x_0. Only the task's adapter reads the task's own features x_t (at `proj`, x_t = x_0):
 
     y_0 = W x_0 + b + gamma B_0 A_0 x_0
     y_t = W x_0 + b + gamma B_t A_t x_t             (MTLoRA, section 3.2, eq. 2 and figure 3)
 
-The backbone's "others" are trained too. MTLoRA+ freezes the linear layer of the patch merging and
-gives it a shared adapter instead; its task-specific adapters have rank r as well.
+The backbone's "others" (patch layers, norms and position biases) are trained too. MTLoRA+ freezes
+the linear layer of the patch merging and gives it a shared adapter instead. The task-specific
+adapters of MTLoRA+ have rank r; those of MTLoRA have rank 4.
 
     parents, group_of = routing(num_stages=4, num_tasks=4)
     adapt(backbone, backbone.ADAPTED["attn+mlp"], num_tasks=4, rank=64)
@@ -20,8 +22,8 @@ gives it a shared adapter instead; its task-specific adapters have rank r as wel
 
 Shapes: B batch, G = 1 + T groups (group after group, as in tglora.py), T tasks, H W tokens,
 C channels, k inputs, d outputs, N rows per group.
-References: arXiv 2403.20320; https://github.com/scale-lab/MTLoRA (which inputs eq. 2 reads, and
-where dropout acts).
+References: arXiv 2403.20320; https://github.com/scale-lab/MTLoRA (for the inputs of eq. 2, and
+for where dropout is applied).
 """
 
 from collections.abc import Sequence
@@ -32,7 +34,7 @@ from torch import Tensor, nn
 
 from tglora import TGLoRALinear, add_adapters, freeze
 
-# The linear layers of a stage's last block in which every task has its own adapter.
+# In a stage's last block, every task has its own adapter in these linear layers.
 TASK_SPECIFIC = ("attn.proj", "mlp.fc1", "mlp.fc2")
 
 
@@ -49,13 +51,14 @@ class SharedProductLinear(TGLoRALinear):
         G = len(self.ranks)
         x = x.unflatten(0, (G, -1))
         shared, tasks = x[0], x[1:]                 # (B, ..., k) and (T, B, ..., k)
-        # As in the published code, dropout acts only on the shared adapter's input here.
+        # As in the published code, only the shared adapter's input gets dropout in this layer.
         return self.outputs(shared, self.drop(shared), tasks)
 
     def outputs(self, shared: Tensor, dropped: Tensor, tasks: Tensor) -> Tensor:
-        """Eq. 2. shared, dropped (B, ..., k); tasks (T, B, ..., k) -> (G*B, ..., d).
+        """Compute eq. 2: shared, dropped (B, ..., k); tasks (T, B, ..., k) -> (G*B, ..., d).
 
-        dropped: the shared features after dropout, which the shared adapter reads.
+        shared: x_0. dropped: x_0 after dropout, the input of the shared adapter. tasks: all x_t,
+        the inputs of the tasks' adapters.
         """
         T = len(self.ranks) - 1
         d, k = self.weight.shape
@@ -69,10 +72,10 @@ class SharedProductLinear(TGLoRALinear):
         return y.view(-1, *product.shape[1:])
 
     def merge(self) -> None:
-        """Does nothing: folding B_t A_t into W would cost one frozen product per group."""
+        """Do nothing: with adapters folded into W, each group would need its own product."""
 
     def macs(self, rows: int) -> tuple[int, int]:
-        """Multiply-accumulates for `rows` rows per group: of W with its bias, and of the adapters.
+        """Multiply-accumulates for `rows` rows per group: (frozen layer, adapters).
 
         W is applied only once, to the rows of group 0.
         """
@@ -84,7 +87,7 @@ class SharedProductLinear(TGLoRALinear):
 
 
 class BranchingLinear(SharedProductLinear):
-    """The layer where the groups begin: all groups read the same input."""
+    """The linear layer at which the batch branches: all groups read the same input."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, ..., k) -> (G*B, ..., d)."""
@@ -96,7 +99,7 @@ class BranchingLinear(SharedProductLinear):
 class BranchingStage(nn.Module):
     """A stage of the backbone whose last block branches into 1 + T groups.
 
-    It takes over the stage's modules under the same names, so the names of weights do not change.
+    The stage's modules keep their names, so the names of the weights do not change.
     """
 
     def __init__(self, stage: nn.Module):
@@ -114,15 +117,15 @@ class BranchingStage(nn.Module):
         x = (x + update).flatten(0, 1)
         x = x + last.drop_path(last.mlp(last.norm2(x)))
         for name, child in self.named_children():
-            if name != "blocks":                                # Swin's patch merging
+            if name != "blocks":                                # such as Swin's patch merging
                 x = child(x)
         return x
 
 
 def routing(num_stages: int, num_tasks: int) -> tuple[list[list[int]], list[list[int]]]:
-    """`parents` and `group_of` for model.MultiTaskNet.
+    """Return `parents` and `group_of`, which model.MultiTaskNet needs.
 
-    Only group 0 of a stage goes on to the next one, and task t reads group 1 + t everywhere.
+    Only group 0 of a stage goes on to the next stage, and task t reads group 1 + t of every stage.
     """
     parents = [[0]] * num_stages
     group_of = [[1 + task] * num_stages for task in range(num_tasks)]
@@ -132,19 +135,21 @@ def routing(num_stages: int, num_tasks: int) -> tuple[list[list[int]], list[list
 def adapt(backbone: nn.Module, names: Sequence[str], num_tasks: int, rank: int,
           dropout: float = 0.05, task_rank: int = 4, plus: bool = False,
           without: Sequence[str] = (), frozen: Sequence[str] = ()) -> None:
-    """Turn a backbone into MTLoRA's, in place.
+    """Turn a backbone into MTLoRA's backbone, in place.
 
     names: the linear layers that get adapters, such as the backbone's ADAPTED["attn+mlp"].
     rank, task_rank: the ranks of the shared and of the task-specific adapters.
     plus: also adapt the patch merging. MTLoRA+ does this, with task_rank = rank.
-    without: an ablation (table 2): those of `names` that get no adapter after all.
-    frozen: an ablation (table 3): weights of the backbone whose names contain one of these are not
-        trained.
-    Raises ValueError for a name that does not occur.
+    without: for the ablation of table 2, entries of `names` that get no adapter after all.
+    frozen: for the ablation of table 3, substrings of weight names. A weight of the backbone whose
+        name contains one of them is not trained.
+    Raises ValueError if an entry of `without` is not in `names`, or if no weight's name contains an
+    entry of `frozen`.
     """
     for name in without:
         if name not in names:
-            raise ValueError(f"adapt: without {name!r}: expected one of {', '.join(names)}")
+            raise ValueError(f"adapt: `without` names {name!r}, which is not an adapted layer; "
+                             f"expected some of {', '.join(names)}")
     names = [name for name in names if name not in without]
     for i, stage in enumerate(backbone.layers):
         for block in stage.blocks[:-1]:
@@ -155,12 +160,13 @@ def adapt(backbone: nn.Module, names: Sequence[str], num_tasks: int, rank: int,
         backbone.layers[i] = BranchingStage(stage)
     freeze(backbone, backbone.OTHERS)
     for module in backbone.modules():
-        if isinstance(module, TGLoRALinear):    # freeze() counts the adapted merging as "others"
+        if isinstance(module, TGLoRALinear):    # OTHERS also matches adapted merging layers
             module.weight.requires_grad_(False)
     for part in frozen:
         matching = [p for name, p in backbone.named_parameters() if part in name]
         if not matching:
-            raise ValueError(f"adapt: frozen {part!r}: no weight of the backbone has that name")
+            raise ValueError(f"adapt: `frozen` names {part!r}, but no weight of the backbone has "
+                             "this in its name")
         for p in matching:
             p.requires_grad_(False)
 
@@ -168,7 +174,7 @@ def adapt(backbone: nn.Module, names: Sequence[str], num_tasks: int, rank: int,
 def adapt_last_block(block: nn.Module, names: Sequence[str], num_tasks: int, rank: int,
                      dropout: float, task_rank: int) -> None:
     """Give the last block of a stage its shared and task-specific adapters, in place."""
-    shared_only = [name for name in names if name not in TASK_SPECIFIC]     # qkv, or PVT's q, kv
+    shared_only = [name for name in names if name not in TASK_SPECIFIC]     # qkv, or PVT's q and kv
     add_adapters(block, shared_only, (rank,), dropout=dropout)
     for name in TASK_SPECIFIC:
         ranks = (rank, *[task_rank] * num_tasks)

@@ -1,10 +1,10 @@
 """Pyramid Vision Transformer v2 (Wang et al., 2022), from scratch: another backbone to adapt.
 
-An image becomes overlapping patches of 7x7 pixels with a stride of 4. Each of the four stages
-attends over its whole map. To keep this affordable, keys and values come from a map that a
-convolution has made R times smaller, with R = 8, 4, 2 and 1 in the four stages:
+An image becomes overlapping patches of 7x7 pixels with a stride of 4. In each of the four stages,
+every token attends to the whole map. To keep this affordable, keys and values come from a smaller
+map: a convolution divides height and width by R, with R = 8, 4, 2 and 1 in the four stages:
 
-    attention(x) = softmax(q(x) k(z)' / sqrt(C / h)) v(z),    z = norm(conv(x)), R times smaller
+    attention(x) = softmax(q(x) k(z)' / sqrt(C / h)) v(z),    z = norm(conv(x)), or x if R = 1
 
 In the MLP, a depth-wise 3x3 convolution looks at each token's neighbours. Its zero padding also
 tells a token where it is, so position embeddings are not needed. As in swin.py, a stage ends with
@@ -17,7 +17,8 @@ the layer that makes the tokens of the next one: overlapping patches of 3x3 toke
     python train.py --dataset nyud --data-root data --backbone pvt_v2_b2
 
 The strides of the maps are 8, 16, 32 and 32.
-Shapes: B batch, H W pixels or tokens, C channels, N = H W queries, R reduction, h heads.
+Shapes: B batch, H W pixels or tokens, C channels, h w c of an output map; in the attention, N = H W
+queries, R reduction, h heads.
 References: arXiv 2106.13797, section 3; https://github.com/whai362/PVT (epsilons, initial weights).
 """
 
@@ -37,12 +38,12 @@ PRESETS = {     # table 1 of the paper
     "b4": dict(dims=(64, 128, 320, 512), depths=(3, 8, 27, 3)),
     "b5": dict(dims=(64, 128, 320, 512), depths=(3, 6, 40, 3), mlp_ratios=(4, 4, 4, 4)),
 }
-# Trained on ImageNet-1k with images of 224x224 pixels.
+# The official weights were trained on ImageNet-1k with images of 224x224 pixels.
 OFFICIAL_URL = "https://github.com/whai362/PVT/releases/download/v2/pvt_v2_{name}.pth"
 
 
 class Attention(nn.Module):
-    """Multi-head attention from all tokens to those of a map that is `ratio` times smaller."""
+    """Multi-head attention from all tokens to a map whose sides are `ratio` times shorter."""
 
     def __init__(self, dim: int, num_heads: int, ratio: int):
         super().__init__()
@@ -53,7 +54,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         if ratio > 1:
             self.sr = nn.Conv2d(dim, dim, ratio, stride=ratio)  # "spatial reduction"
-            self.norm = nn.LayerNorm(dim)   # epsilon 1e-5, unlike the blocks' norms
+            self.norm = nn.LayerNorm(dim)   # epsilon 1e-5; `Block` uses 1e-6
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
@@ -71,7 +72,7 @@ class Attention(nn.Module):
         return self.proj(x)
 
     def product_macs(self, x: Tensor) -> int:
-        """Multiply-accumulates of q k' and of its product with v, for an input x (B, H, W, C)."""
+        """Multiply-accumulates of q k' and of softmax(q k') v, for an input x (B, H, W, C)."""
         B, H, W, C = x.shape
         keys = (H // self.ratio) * (W // self.ratio)
         return 2 * B * H * W * keys * C
@@ -94,7 +95,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then an MLP, each after a norm and around a residual connection."""
+    """Attention, then an MLP, each with a norm before it and a residual connection around it."""
 
     def __init__(self, dim: int, num_heads: int, ratio: int, mlp_ratio: int, drop_path: float):
         super().__init__()
@@ -111,7 +112,7 @@ class Block(nn.Module):
         return x
 
     def attend(self, x: Tensor) -> Tensor:
-        """Only here so that a block has the same parts as swin.py's, which mtlora.py calls."""
+        """The block's attention only. mtlora.py calls `attend` on the blocks of both backbones."""
         return self.attn(x)
 
 
@@ -121,23 +122,26 @@ class PatchEmbed(nn.Module):
     def __init__(self, inputs: int, dim: int, kernel: int, stride: int):
         super().__init__()
         self.proj = nn.Conv2d(inputs, dim, kernel, stride, padding=kernel // 2)
-        self.norm = nn.LayerNorm(dim)       # epsilon 1e-5, as after the reduction
+        self.norm = nn.LayerNorm(dim)       # epsilon 1e-5, as in `Attention`
 
     def forward(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, H/4, W/4, C), rounded up."""
+        """(B, inputs, H, W) -> (B, H/stride, W/stride, C), rounded up."""
         x = self.proj(image)
         return self.norm(x.permute(0, 2, 3, 1))
 
 
 class Downsample(PatchEmbed):
-    """The patches of the next stage: (B, H, W, C) -> (B, H/2, W/2, C'), rounded up."""
+    """The patch embedding of the next stage: (B, H, W, C) -> (B, H/2, W/2, C'), rounded up."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 3, 1, 2))
 
 
 class Stage(nn.Module):
-    """One block for each rate in `drop_path`, a norm, and the patches of the next stage."""
+    """One block for each rate in `drop_path`, a norm, and the patch embedding of the next stage.
+
+    The last stage has no patch embedding after it.
+    """
 
     def __init__(self, dim: int, next_dim: int | None, num_heads: int, ratio: int, mlp_ratio: int,
                  drop_path: list[float]):
@@ -155,11 +159,11 @@ class Stage(nn.Module):
 
 
 class PyramidVisionTransformer(nn.Module):
-    """The backbone: `patch_embed`, then four stages. `channels` are those of the stages' maps.
+    """The backbone: `patch_embed`, then four stages. `channels` holds each map's channel count.
 
     It has the same attributes as swin.SwinTransformer, so the stages are called `layers`. OTHERS
-    are the patch embeddings, every LayerNorm, and the depth-wise convolutions, which take the place
-    of Swin's position biases.
+    names the patch embeddings, every LayerNorm, and the depth-wise convolutions, which take the
+    place of Swin's position biases.
     """
 
     ADAPTED = {"attn": ("attn.q", "attn.kv", "attn.proj"),
@@ -186,7 +190,7 @@ class PyramidVisionTransformer(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Conv2d):
-                # He's initialisation by fan-out: the number of outputs that read one input.
+                # He initialisation by fan-out: the number of outputs that read one input.
                 fan_out = module.weight[:, 0].numel() / module.groups
                 nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)
                 nn.init.zeros_(module.bias)
@@ -202,9 +206,10 @@ class PyramidVisionTransformer(nn.Module):
 
 
 def build_pvt(name: str = "b2", **overrides) -> PyramidVisionTransformer:
-    """A randomly initialised backbone from `PRESETS`; keyword arguments replace its values.
+    """A randomly initialised backbone from `PRESETS`.
 
-    Raises ValueError for an unknown name.
+    Keyword arguments replace values of the preset or defaults of `PyramidVisionTransformer`. Raises
+    ValueError for an unknown name.
     """
     if name not in PRESETS:
         raise ValueError(f"unknown backbone {name!r}; expected one of {', '.join(PRESETS)}")
@@ -215,12 +220,13 @@ def build_pvt(name: str = "b2", **overrides) -> PyramidVisionTransformer:
 def load_weights(backbone: nn.Module, source: str, name: str = "b2") -> None:
     """Load published weights, completely or not at all, as weights.load_weights does for Swin.
 
-    source: "imagenet" (the official file, downloaded once) or the path of a file in the official
-    layout, timm's or this module's; name: the preset to download. Raises ValueError if weights
-    cannot be downloaded, read or matched.
+    source: "imagenet" (the official file, downloaded once), or the path of a file whose weights are
+    named as in the official code, in timm or in this module. name: the preset whose weights are
+    downloaded. Raises ValueError if the weights cannot be downloaded or read, or do not fit the
+    backbone.
     """
     if source == "torchvision":
-        raise ValueError("weights: torchvision has no weights of PVT v2; expected imagenet or the "
+        raise ValueError("weights: torchvision has no weights for PVT v2; expected imagenet or the "
                          "path of a file")
     if source == "imagenet":
         path = fetch(OFFICIAL_URL.format(name=name))
@@ -234,15 +240,15 @@ def load_weights(backbone: nn.Module, source: str, name: str = "b2") -> None:
 
 
 def our_name(key: str) -> str:
-    """The name of a weight here, from its name in the official layout or in timm's."""
+    """Translate a weight's name from the official code or timm to ours; our own names are kept."""
     key = re.sub(r"^patch_embed1\.", "patch_embed.", key)
     key = key.replace("dwconv.dwconv.", "dwconv.")
     for i in range(4):
-        # The official layout counts from 1. Its patch embedding 2 is the end of our stage 0.
+        # The official code counts stages from 1. Its patch embedding 2 is the end of our stage 0.
         key = re.sub(rf"^patch_embed{i + 2}\.", f"layers.{i}.downsample.", key)
         key = re.sub(rf"^block{i + 1}\.", f"layers.{i}.blocks.", key)
         key = re.sub(rf"^norm{i + 1}\.", f"layers.{i}.norm.", key)
-        # timm counts from 0, and a stage begins with its patch embedding.
+        # timm counts stages from 0, and puts a patch embedding at the start of its stage.
         key = re.sub(rf"^stages\.{i + 1}\.downsample\.", f"layers.{i}.downsample.", key)
         key = re.sub(rf"^stages\.{i}\.", f"layers.{i}.", key)
     return key

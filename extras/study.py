@@ -1,15 +1,14 @@
-"""Does it help to share adapters by similarity? Methods x seeds, each an ordinary training run.
+"""Does sharing adapters by similarity help? This study trains 13 arms with several seeds each.
 
-    python -m extras.study                # rooms: every arm, chosen learning rates, five seeds
-    python -m extras.study --quick        # three arms and one seed, next to the recorded values
-    python -m extras.study --dataset nyud --data-root data       # the same questions on NYUD-v2
-    python -m extras.study --table runs/nyud --baseline baselines/nyud.json    # existing runs only
+    python -m extras.study                # train all arms on rooms, then print the verdicts
+    python -m extras.study --quick        # three arms and one seed, compared with recorded values
+    python -m extras.study --dataset nyud --data-root data       # all arms on NYUD-v2
 
 An arm of the study is a method with its flags. The learning rate of each arm is chosen on one seed,
-and the reported results come from other seeds. Every finished run is added to OUT/study.json at
-once, so a study that was stopped continues with the same command. In the end it prints a table
-and says which claims hold. docs/STUDY.md shows the results on rooms.
-References: arXiv 2509.19602, section 4.2 and eq. 7 (delta-m).
+and the reported results come from other seeds. The claims are written to OUT/study.json before the
+first run, and every finished run is added there at once, so a study that was stopped continues with
+the same command. docs/STUDY.md explains the design and shows the results on rooms.
+References: arXiv 2509.19602, section 4.2 and eq. 7 (delta-m); extras/lookahead.py.
 """
 
 import argparse
@@ -17,87 +16,136 @@ import json
 import math
 import multiprocessing
 import os
-import statistics
+import platform
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stdout
+from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw        # Pillow comes with torchvision
 
+import rooms
 import train
+from extras import lookahead
+from extras.claims import Judged, draw_claims, format_claims, judge
+from extras.intervals import (bootstrap_interval, compare, correlation_of_means,
+                              split_half_reliability)
+from extras.table import aligned, format_runs, mean_results, spread
 from grouping import build_tree, name_tree
-from recipes import parse_arguments
+from recipes import UNUSED, parse_arguments
 from tasks import delta_m, make_tasks
-from util import one_line_errors, progress, reading, write_json
+from util import VERSIONS, one_line_errors, progress, reading, write_json
 
-Run = dict              # what study.json keeps of a run: flags, results, trainable, tree, ...
-Job = tuple[list[str], list | None]     # a run to do: its flags, and its tree if it is given one
-Results = dict[str, dict[str, float]]   # {task: {metric: value}}
+Run = dict                              # a run's entry in study.json: its flags, results, tree, ...
 
 # --- the questions, fixed before the reported seeds were run --------------------------------------
-CHOICE_SEED = 0                         # chooses the learning rates and is never reported
-SEEDS = (10, 11, 12, 13, 14)            # reported
-PAIR_SEEDS = (10, 11)                   # of the runs with only two tasks
+CHOICE_SEED = 0                         # the seed for choosing learning rates; not reported
+SEEDS = list(range(10, 23))             # the reported seeds; an arm uses the first 13, 6 or 5
+PAIR_SEEDS = 6                          # number of seeds for the runs with only two tasks
 
-SETTINGS = {                            # flags of every run, by dataset; other datasets: recipe
-    "rooms": "--tasks semseg,human_parts,sal,depth,normals --batch-size 4 --sim-images 128 "
-             "--train-rooms 300 --epochs 2 --eval-every 2 --val-rooms 256",
+CLAIMS = {                              # copied to study.json when a study starts
+    "date": "2026-11-26",
+    "seeds": SEEDS,
+    "level": 0.05,
+    "margin": 0.5,                      # margin of equivalence, in points of delta-m
+    "better": [                         # claims: the first arm has the higher delta-m
+        ["tglora", "mtl-lora"],
+        ["tglora", "single-lora"],
+        ["tglora", "multi-full"],
+        ["tglora", "least-similar"],
+        ["tglora", "random"],
+        ["tglora", "lookahead"],
+        ["tglora", "task-specific"],
+    ],
+    "equivalent": [                     # pairs that are also tested for equivalence
+        ["tglora", "least-similar"],
+        ["tglora", "random"],
+        ["tglora", "lookahead"],
+        ["tglora", "task-specific"],
+    ],
 }
-ARMS = {                                # flags of each arm. T: number of tasks
-    "single-full": "--method full",     # the first arm is the baseline of delta-m
-    "multi-full": "--method full",
-    "decoders": "--method decoders",
-    "single-lora": "--groups 1,1,1,1 --rank {rank_per_task}",
-    "mtl-lora": "--groups 1,1,1,1",
-    "shared-late": "--groups 1,1,1,{T}",
-    "task-specific": "--groups {T},{T},{T},{T}",
-    "tglora": "",                       # these three have the same groups and different trees
-    "least-similar": "",
-    "random": "",
-    "mtlora": "--method mtlora",
-    "bdta": "--method bdta",
+SETTINGS = {                            # {dataset: flags of every run}; others use their recipe
+    "rooms": "--tasks human_parts,sal,depth,normals --groups 1,2,2,4 --rank 8 --batch-size 4 "
+             "--train-rooms 300 --epochs 4 --eval-every 4 --val-rooms 256 --amp bf16",
+}
+MTLORA_RANK = {"rooms": 2}              # gives as many adapter parameters as in the LoRA arms
+
+ARMS = {                                # {arm: (number of seeds, flags)}; T: number of tasks
+    "single-full": (5, "--method full"),        # the first arm is the baseline of delta-m
+    "multi-full": (5, "--method full"),
+    "decoders": (5, "--method decoders"),
+    "single-lora": (6, "--groups 1,1,1,1 --rank {rank_per_task}"),
+    "mtl-lora": (13, "--groups 1,1,1,1"),
+    "shared-late": (5, "--groups 1,1,1,{T}"),
+    "task-specific": (13, "--groups {T},{T},{T},{T}"),
+    "tglora": (13, ""),                 # these four differ only in how the tree is chosen
+    "least-similar": (13, ""),
+    "random": (13, ""),
+    "lookahead": (13, ""),
+    "mtlora": (5, "--method mtlora --rank {mtlora_rank}"),
+    "bdta": (5, "--method bdta"),
 }
 SINGLE = ("single-full", "single-lora")         # one network per task
-WITH_TREE = ("tglora", "least-similar", "random")
-CLAIMS = (                              # the first arm has the higher delta-m
-    ("tglora", "mtl-lora"),
-    ("tglora", "single-lora"),
-    ("tglora", "least-similar"),
-    ("tglora", "random"),
-    ("tglora", "multi-full"),
-)
+WITH_TREE = ("tglora", "least-similar", "random", "lookahead")
 QUICK_ARMS = ("single-full", "mtl-lora", "tglora")
-TOLERANCE = 1.0         # percent; digits differ between CPUs and between versions of PyTorch
+TOLERANCE = 1.0         # percent; --quick marks larger differences from the recorded values
 
 
-def arm_flags(arm: str, config: argparse.Namespace) -> list[str]:
-    """The flags of train.py that make a run one of `arm`. config: the study's settings."""
-    T = len(config.tasks)
-    flags = ARMS[arm].format(T=T, rank_per_task=config.rank // T)
-    if arm == "mtlora" and config.dataset == "rooms":
-        flags += " --rank 12"           # about as many adapter parameters as the other arms
-    return flags.split()
+def run_flags(flags: Sequence[str], own: Sequence[str]) -> list[str]:
+    """All flags of a run: the study's `flags`, then the run's `own` flags, which override them.
+
+    Flags of the study that the run's method does not use are left out, each with its value.
+    """
+    method = own[own.index("--method") + 1] if "--method" in own else "tglora"
+    left_out = {"--" + name.replace("_", "-") for name in UNUSED[method]}
+    left_out |= {flag for flag in own if flag.startswith("--")}
+    kept = []
+    for i, flag in enumerate(flags):
+        if flag not in left_out and (i == 0 or flags[i - 1] not in left_out):
+            kept.append(flag)
+    return [*kept, *own]
+
+
+def chosen_with(arm: str) -> str:
+    """The arm whose learning rate `arm` uses: arms that differ only in their tree share a rate."""
+    return "tglora" if arm in WITH_TREE else arm
 
 
 def arm_tree(arm: str, similarity: np.ndarray, groups: Sequence[int], seed: int) -> list:
-    """The tree of an arm in WITH_TREE, as partitions of task indices. similarity: (T, T)."""
+    """The tree of an arm in WITH_TREE, as partitions of task indices.
+
+    similarity: (T, T) similarities, or affinities for the arm lookahead.
+    """
     if arm == "least-similar":
-        similarity = -similarity        # the tree with the lowest score
-    if arm == "random":
-        similarity = np.random.default_rng(seed).normal(size=similarity.shape)
-    return build_tree(similarity, groups)
+        return build_tree(-similarity, groups)
+    tree = similar = build_tree(similarity, groups)
+    rng = np.random.default_rng(seed)
+    while arm == "random" and tree == similar:
+        tree = build_tree(rng.normal(size=similarity.shape), groups)
+    return tree
 
 
 # --- one run, in a worker process -----------------------------------------------------------------
+class Job(NamedTuple):
+    """A run that is to be done."""
+
+    flags: list[str]                    # of train.py, without --out
+    tree: list | None = None            # the tree for --tree, as names of tasks
+    program: Callable = train.run       # or lookahead.run
+
+
 def start_worker(gpus: multiprocessing.Queue) -> None:
-    """Prepare this process for many runs: give it one thread, and one GPU if there are any."""
+    """Prepare this process for many runs on one thread and, if the machine has GPUs, on one GPU."""
     torch.set_num_threads(1)
+    if not torch.cuda.is_available():   # on a CPU, flash attention's bf16 gradient is slow
+        torch.backends.cuda.enable_flash_sdp(False)
+    rooms.render_room = lru_cache(2000)(rooms.render_room)  # all runs of a seed use the same rooms
     gpu = gpus.get()
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)   # before CUDA starts in this process
@@ -110,75 +158,92 @@ def end_with_the_study() -> None:
     os._exit(1)
 
 
-def perform(common: list[str], job: Job, folder: Path) -> Run:
-    """Train in `folder`, or finish the run that is there; returns what study.json keeps of it.
+def perform(job: Job, folder: Path) -> Run:
+    """Train in `folder`, or finish the run that is there; returns the run's entry in study.json.
 
-    common: the flags that all runs of the study share. If the loss becomes infinite or NaN, which
-    counts as a result of the learning rate, "failed" holds the message. Other errors are raised.
+    If the run diverges (a number in it is not finite), the entry has the error message under
+    "failed" instead of results. Other errors are raised.
     """
-    flags, tree = job
-    run = {"flags": " ".join(flags)}
-    argv = [*common, *flags, "--out", str(folder)]
+    run = {"flags": " ".join(job.flags)}
+    argv = [*job.flags, "--out", str(folder)]
     folder.parent.mkdir(parents=True, exist_ok=True)
-    if tree:
+    if job.tree:
+        run["tree"] = job.tree
         tree_file = folder.parent / f"{folder.name}.tree.json"
-        write_json(tree_file, {"tree": tree})
+        write_json(tree_file, {"tree": job.tree})
         argv += ["--tree", str(tree_file)]
     if (folder / "last.pt").exists():
         argv = ["--out", str(folder), "--resume"]
     elif folder.exists() and not any(folder.iterdir()):
-        folder.rmdir()                  # killed before its first file; train.py makes it anew
+        folder.rmdir()                  # the run was killed before it wrote any file
 
-    tree_only = "--tree-only" in flags
+    tree_only = "--tree-only" in job.flags
     result = folder / ("tree.json" if tree_only else "metrics.json")
     if not result.exists():
         try:
             with open(folder.parent / f"{folder.name}.log", "a") as log, redirect_stdout(log):
-                train.run(parse_arguments(argv))
+                job.program(parse_arguments(argv))
         except ValueError as error:
             if "not finite" not in str(error):
                 raise
             return run | {"failed": str(error)}
     if tree_only:
-        metrics = json.loads(result.read_text())
-    else:
-        metrics = train.read_results(result)
-        # The last epoch, not the best one: the validation images would have chosen that.
-        metrics["results"] = metrics["last"]["results"]
-    for key in ("results", "trainable", "tree", "similarity", "standard_error"):
-        if key in metrics:
-            run[key] = metrics[key]
-    return run
+        measured = json.loads(result.read_text())
+        return run | {"similarity": measured["similarity"], "tree": measured["tree"]}
+    metrics = train.read_results(result)
+    # Report the last epoch. The best epoch would be chosen on the validation images.
+    return run | {"results": metrics["last"]["results"], "trainable": metrics["trainable"]}
 
 
 # --- many runs ------------------------------------------------------------------------------------
 class Study:
-    """All runs of a study by name. OUT/study.json holds those that are finished."""
+    """The finished runs of a study, by name. They are also saved in OUT/study.json."""
 
     def __init__(self, out: Path, flags: list[str], jobs: int):
-        """flags: of train.py, for every run. jobs: how many runs are trained at the same time."""
+        """Start a study in the folder `out`, or continue the study that is there.
+
+        flags: flags of train.py for every run. jobs: number of runs that are trained at the same
+        time. Raises ValueError if the study in `out` has different flags or claims, or if the
+        flags leave no choice of tree.
+        """
         self.out, self.jobs = out, jobs
         self.path = out / "study.json"
         self.flags = flags
         self.config = parse_arguments(flags)
+        if train.known_tree(self.config):
+            raise ValueError("the study compares different trees, but these flags leave no choice "
+                             "of tree; leave out --tree, and give at least one stage in --groups "
+                             "more than one group, but fewer groups than there are tasks")
+        self.machines = []              # machines that have worked on this study
         self.rates = {}                 # {arm: chosen learning rate}
         self.runs = {}                  # {name: run}
         if self.path.exists():
             saved = read_study(self.path)
             if saved["flags"] != " ".join(flags):
                 raise ValueError(f"{self.path} belongs to a study with the flags {saved['flags']}; "
-                                 "choose another --out")
-            self.rates, self.runs = saved["rates"], saved["runs"]
+                                 "choose another --out, or repeat the command that started it")
+            if saved.get("claims") != CLAIMS:
+                raise ValueError(f"{self.path} belongs to a study whose claims are not those in "
+                                 "extras/study.py, and a study's claims may not change after its "
+                                 "start; choose another --out")
+            self.machines, self.rates = saved["machines"], saved["rates"]
+            self.runs = saved["runs"]
 
     def save(self) -> None:
-        state = {"flags": " ".join(self.flags), "rates": self.rates, "runs": self.runs}
+        state = {"claims": CLAIMS, "machines": self.machines, "flags": " ".join(self.flags),
+                 "rates": self.rates, "runs": self.runs}
+        self.out.mkdir(parents=True, exist_ok=True)
         write_json(self.path, state)
 
     def complete(self, wanted: dict[str, Job]) -> None:
-        """Do those of the `wanted` runs that are not finished yet, several at a time."""
+        """Do the `wanted` runs that are not finished yet, several at the same time."""
         missing = [name for name in wanted if name not in self.runs]
         if not missing:
             return
+        here = this_machine(self.config.device)
+        if here not in self.machines:
+            self.machines.append(here)
+        self.save()
         context = multiprocessing.get_context("spawn")      # CUDA does not survive a fork
         num_gpus = torch.cuda.device_count()
         gpus = context.Queue()
@@ -188,44 +253,84 @@ class Study:
         names = {}                      # {future: name of its run}
         try:
             for name in missing:
-                future = pool.submit(perform, self.flags, wanted[name], self.out / name)
-                names[future] = name
+                names[pool.submit(perform, wanted[name], self.out / name)] = name
             for future in progress(as_completed(names), "runs", len(missing)):
                 self.runs[names[future]] = future.result()
                 self.save()
         except BrokenProcessPool:
-            raise ValueError("a training process was killed, perhaps because the memory was full. "
-                             "The same command continues; --jobs 1 trains one run at a time"
-                             ) from None
+            raise ValueError("a training process was killed, perhaps because it ran out of memory. "
+                             "To continue the study, give the same command again; --jobs 1 needs "
+                             "the least memory") from None
         finally:
             pool.shutdown(cancel_futures=True)
 
+    def job(self, seed: int, own: str, tree: list | None = None,
+            program: Callable = train.run) -> Job:
+        """A run with this seed and with the flags `own` in addition to the study's.
+
+        On rooms, each seed trains on different rooms.
+        """
+        own += f" --seed {seed}"
+        if self.config.dataset == "rooms":
+            own += f" --room-seed {seed}"
+        return Job(run_flags(self.flags, own.split()), tree, program)
+
+    def measuring_jobs(self, arms: Sequence[str], seed: int) -> dict[str, Job]:
+        """The runs that measure similarity and, if lookahead is one of the arms, affinity."""
+        jobs = {f"similarity/{seed}": self.job(seed, "--tree-only")}
+        if "lookahead" in arms:
+            jobs[f"affinity/{seed}"] = self.job(seed, "--tree-only", program=lookahead.run)
+        return jobs
+
     def arm_jobs(self, arm: str, seed: int, rate: float | None = None) -> dict[str, Job]:
-        """The runs of an arm: one, or one per task. rate: None for the chosen learning rate."""
+        """The runs of an arm with one seed: a single run, or one per task for an arm in SINGLE.
+
+        rate: learning rate to try; None for the one that was chosen for the arm.
+        """
         tasks = self.config.tasks
         name = f"{arm}/{seed}"
         if rate is None:
-            rate = self.rates[arm]
+            rate = self.rates[chosen_with(arm)]
         else:
             name = f"at {rate:.4g}/{name}"
-        flags = ["--seed", str(seed), "--lr", f"{rate:.4g}", *arm_flags(arm, self.config)]
+        T = len(tasks)
+        own = ARMS[arm][1].format(
+            T=T, rank_per_task=self.config.rank // T,
+            mtlora_rank=MTLORA_RANK.get(self.config.dataset, self.config.rank))
+        own += f" --lr {rate:.4g}"
         if arm in SINGLE:
-            return {f"{name}-{task}": ([*flags, "--tasks", task], None) for task in tasks}
+            return {f"{name}-{task}": self.job(seed, f"{own} --tasks {task}") for task in tasks}
 
         tree = None
-        similarity = self.runs[f"similarity/{seed}"]["similarity"]
-        if arm in WITH_TREE and similarity:     # null if the numbers of groups leave no choice
-            tree = arm_tree(arm, np.array(similarity), self.config.groups, seed)
-            tree = name_tree(tree, tasks)
-        return {name: (flags, tree)}
+        if arm in WITH_TREE:
+            measure = "affinity" if arm == "lookahead" else "similarity"
+            matrix = np.array(self.runs[f"{measure}/{seed}"]["similarity"])
+            tree = name_tree(arm_tree(arm, matrix, self.config.groups, seed), tasks)
+        return {name: self.job(seed, own, tree)}
 
-    def arm_result(self, arm: str, seed: int, rate: float | None = None) -> Run | None:
-        """{"results", "trainable"} of an arm's finished runs together; None if one failed."""
+    def pair_jobs(self, seed: int) -> dict[str, Job]:
+        """For each pair of tasks, a run in which the two tasks share all adapters.
+
+        The rank per task is that of the arm single-lora.
+        """
+        tasks = self.config.tasks
+        rank, rate = 2 * (self.config.rank // len(tasks)), self.rates["mtl-lora"]
+        jobs = {}
+        for t, u in combinations(tasks, 2):
+            own = f"--groups 1,1,1,1 --rank {rank} --lr {rate:.4g} --tasks {t},{u}"
+            jobs[f"pair/{t}+{u}/{seed}"] = self.job(seed, own)
+        return jobs
+
+    def result(self, jobs: Iterable[str]) -> Run:
+        """Combine finished runs, such as one run per task, into one: {"results", "trainable"}.
+
+        Raises ValueError if one of the runs failed.
+        """
         results, trainable = {}, 0
-        for name in self.arm_jobs(arm, seed, rate):
+        for name in jobs:
             run = self.runs[name]
             if "failed" in run:
-                return None
+                raise ValueError(f"the run {name} failed: {run['failed']}")
             results |= train.as_numbers(run["results"])
             trainable += run["trainable"]
         return {"results": results, "trainable": trainable}
@@ -233,13 +338,13 @@ class Study:
     def choose_rates(self, arms: Sequence[str]) -> None:
         """Choose the learning rate of each arm by its delta-m on CHOICE_SEED.
 
-        The same rule for every arm: try the recipe's rate and a third of it, then go on in steps of
-        3 beyond the better end until the result gets worse, with at most 6 rates.
+        The rule is the same for every arm: try the study's --lr and a third of it. As long as the
+        best rate is the lowest or the highest so far, try the next one in that direction, a factor
+        of 3 away. Stop after 6 rates.
         """
         lr = self.config.lr
-        grids = {arm: [lr / 3, lr] for arm in arms}
-        gains = {arm: {} for arm in arms}               # {arm: {rate: delta-m}}
-        unfinished = list(arms)
+        unfinished = list(dict.fromkeys(chosen_with(arm) for arm in arms))
+        grids = {arm: [lr / 3, lr] for arm in unfinished}
         while unfinished:
             wanted = {}
             for arm in unfinished:
@@ -247,18 +352,16 @@ class Study:
                     wanted |= self.arm_jobs(arm, CHOICE_SEED, rate)
             self.complete(wanted)
 
-            baseline = self.arm_result(arms[0], CHOICE_SEED, lr)
-            if baseline is None:
-                raise ValueError(f"the baseline {arms[0]} failed: see \"failed\" in {self.path}")
+            baseline = self.result(self.arm_jobs(chosen_with(arms[0]), CHOICE_SEED, lr))["results"]
             still_unfinished = []
             for arm in unfinished:
-                grid = grids[arm]
+                grid, gains = grids[arm], {}
                 for rate in grid:
-                    result = self.arm_result(arm, CHOICE_SEED, rate)
-                    gains[arm][rate] = -math.inf
-                    if result is not None:
-                        gains[arm][rate] = delta_m(result["results"], baseline["results"])
-                best = max(grid, key=gains[arm].get)
+                    jobs = self.arm_jobs(arm, CHOICE_SEED, rate)
+                    gains[rate] = -math.inf
+                    if not any("failed" in self.runs[name] for name in jobs):
+                        gains[rate] = delta_m(self.result(jobs)["results"], baseline)
+                best = max(grid, key=gains.get)
                 self.rates[arm] = best
                 if len(grid) < 6 and best in (grid[0], grid[-1]):
                     wider = best / 3 if best == grid[0] else best * 3
@@ -266,210 +369,129 @@ class Study:
                     still_unfinished.append(arm)
             unfinished = still_unfinished
 
-        for arm in arms:
-            line = f"{arm:<14}"
-            for rate in grids[arm]:
-                line += f"  {rate:.4g}: {gains[arm][rate]:+.2f} %"
-                if rate == self.rates[arm]:
-                    line += " *"
-            print(line)
 
-
-# --- reading results ------------------------------------------------------------------------------
 def read_study(path: Path) -> dict:
-    """The content of a study.json: {"flags": text, "rates": {arm: rate}, "runs": {name: run}}.
-
-    It may also have a "note" for whoever compares with it.
-    """
+    """The content of a study.json: claims, machines, flags, rates {arm: rate}, runs {name: run}."""
     with reading(path, "a study.json"):
         saved = json.loads(path.read_text())
-        content = {key: saved[key] for key in ("flags", "rates", "runs")}
-        return content | {"note": saved.get("note")}
+        if not {"flags", "rates", "runs"} <= saved.keys():
+            raise ValueError("is not a study.json: it needs flags, rates and runs")
+    return saved
 
 
-def collect_runs(folder: Path, last: bool) -> tuple[dict[str, dict[int, Run]], str | None]:
-    """Read FOLDER/METHOD/RUN/metrics.json; returns {method: {seed: run}} and the dataset.
+def this_machine(device: str) -> dict:
+    """The processor and the version of PyTorch, on which the last digits of results depend."""
+    name = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")     # on Linux, platform.processor() is often empty
+    if device.startswith("cuda"):
+        name = torch.cuda.get_device_name()
+    elif cpuinfo.exists():
+        models = [line for line in cpuinfo.read_text().splitlines() if line[:10] == "model name"]
+        name = models[0].partition(": ")[2] if models else name
+    return {"processor": name, "torch": VERSIONS["torch"], "threads per run": 1}
 
-    Runs of the same method and seed are put together, so that single-task runs, one per task, make
-    one row of the table. last: take the last epoch, as the published code reports, not the best.
+
+# --- what the results say -------------------------------------------------------------------------
+Gains = dict[str, dict[int, float]]     # {arm: {seed: delta-m}}
+
+
+def gains_by_seed(results: dict[str, dict[int, Run]], tasks: Sequence[str]) -> Gains:
+    """Delta-m of every arm and seed over `tasks`. The baseline is the first arm's mean over seeds.
     """
-    methods, dataset = {}, None
-    for path in sorted(folder.glob("*/*/metrics.json")):
-        method, run = path.parent.parent.name, train.read_results(path)
-        with reading(path, "a metrics.json of a run"):
-            dataset = dataset or run.get("dataset")
-            if run.get("dataset", dataset) != dataset:
-                raise ValueError(f"is a run on {run['dataset']}, other runs are on {dataset}")
-            results = run["last"]["results"] if last else run["results"]
-            seeds = methods.setdefault(method, {})
-            row = seeds.setdefault(run.get("seed", 0), {"results": {}, "trainable": 0})
-            for task in make_tasks(list(results), 1):
-                if task.name in row["results"]:
-                    raise ValueError(f"{method} has {task.name} of this seed already; keep one "
-                                     "run per seed and task")
-                row["results"][task.name] = {task.metric: results[task.name][task.metric]}
-            row["trainable"] += run["trainable"]
-    if not methods:
-        raise ValueError(f"no {folder}/METHOD/RUN/metrics.json; docs/RESULTS.md says how to lay "
-                         "out the runs")
-    return methods, dataset
+    baseline = mean_results(next(iter(results.values())).values())
+    gains = {}
+    for arm, runs in results.items():
+        gains[arm] = {}
+        for seed, run in runs.items():
+            chosen = {task: run["results"][task] for task in tasks}
+            gains[arm][seed] = delta_m(chosen, baseline)
+    return gains
 
 
-def print_table(folder: Path, baseline: str | None, last: bool) -> None:
-    """Print the table of existing runs. baseline: a method, whose means are taken, or a file."""
-    methods, dataset = collect_runs(folder, last)
-    results = None
-    if baseline in methods:
-        results = mean_results(methods[baseline].values())
-    elif baseline:
-        saved = train.read_results(Path(baseline))
-        results = saved["results"]
-        if saved.get("dataset", dataset) != dataset:
-            raise ValueError(f"--baseline {baseline} is on {saved['dataset']}, the runs are on "
-                             f"{dataset}")
-    print(format_runs(methods, results, "last" if last else "best"))
+def paired(gains: Gains, better: str, worse: str) -> list[float]:
+    """The differences in delta-m between two arms, one for each seed that both arms have."""
+    first, second = gains.get(better, {}), gains.get(worse, {})
+    return [first[seed] - second[seed] for seed in first if seed in second]
 
 
-# --- statistics -----------------------------------------------------------------------------------
-# Student's t for a 95 % interval, by degrees of freedom.
-T95 = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+def format_without_tasks(results: dict[str, dict[int, Run]], judged: Sequence[Judged],
+                         tasks: Sequence[str]) -> str:
+    """A table of the claims' differences, with each task in turn left out of delta-m.
 
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The mean, and half the width of its 95 % t interval, which is infinite for one value."""
-    freedom = len(values) - 1
-    if freedom == 0:
-        return values[0], math.inf
-    error = np.std(values, ddof=1) / math.sqrt(len(values))
-    t = T95[min(freedom, len(T95) - 1)]         # for more seeds, a slightly wider interval
-    return statistics.mean(values), t * error
-
-
-def mean_results(runs: Iterable[Run]) -> Results:
-    """Each metric's mean over those runs that have its task."""
-    values, means = {}, {}              # values: {task: {metric: [its value in each run]}}
-    for run in runs:
-        for task, metrics in run["results"].items():
-            for metric, value in metrics.items():
-                values.setdefault(task, {}).setdefault(metric, []).append(value)
-    for task, metrics in values.items():
-        means[task] = {metric: statistics.mean(metrics[metric]) for metric in metrics}
-    return means
-
-
-def rank_correlation(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
-    """Spearman's rho of two columns, and both ends of its 95 % interval.
-
-    The interval is Fisher's z with the standard error of Bonett and Wright (Psychometrika 2000).
+    The table shows whether a claim rests on a single task.
     """
-    ranks_a, ranks_b = np.argsort(np.argsort(a)), np.argsort(np.argsort(b))
-    rho = float(np.corrcoef(ranks_a, ranks_b)[0, 1])
-    z = math.atanh(max(-0.9999, min(rho, 0.9999)))
-    half = 1.96 * math.sqrt((1 + rho ** 2 / 2) / (len(a) - 3))
-    return rho, math.tanh(z - half), math.tanh(z + half)
+    rows = [["difference"] + [f"without {task}" for task in tasks]]
+    rows += [[f"{claim.better} - {claim.worse}"] for claim in judged]
+    for left_out in tasks:
+        gains = gains_by_seed(results, [task for task in tasks if task != left_out])
+        for row, claim in zip(rows[1:], judged):
+            c = compare(paired(gains, claim.better, claim.worse), CLAIMS["margin"])
+            row.append(f"{c.mean:+.2f} ({c.low:+.2f} to {c.high:+.2f})")
+    return aligned(rows)
 
 
-def verdict(claim: str, mean: float, low: float, high: float) -> str:
-    """One line that says whether a difference is above 0, judged by its 95 % interval."""
-    if low > 0:
-        answer = "holds"
-    elif high < 0:
-        answer = "does not hold"
-    else:
-        answer = "undecided"
-    return f"{claim}: {mean:+.2f} [{low:+.2f}, {high:+.2f}]: {answer}"
+def format_trees(study: Study, arms: Sequence[str], seeds: Sequence[int]) -> str:
+    """A table of the arms in WITH_TREE: the number of different trees among the arm's seeds, and
+    the number of seeds for which the tree is the same as tglora's.
+    """
+    rows = [["trees", "seeds", "different", "same as tglora's"]]
+    similar = [study.runs[f"tglora/{seed}"]["tree"] for seed in seeds]
+    for arm in WITH_TREE:
+        if arm in arms:
+            trees = [study.runs[f"{arm}/{seed}"]["tree"] for seed in seeds]
+            different = len(set(map(str, trees)))
+            same = sum(tree == other for tree, other in zip(trees, similar))
+            rows.append([arm, str(len(seeds)), str(different), str(same)])
+    return aligned(rows)
 
 
-# --- the table and the picture --------------------------------------------------------------------
-def spread(values: Sequence[float]) -> str:
-    """Mean +- sample standard deviation."""
-    text = f"{statistics.mean(values):.4f}"
-    if len(values) > 1:
-        text += f" +- {np.std(values, ddof=1):.4f}"
-    return text
+def format_pairs(study: Study, seeds: Sequence[int]) -> str:
+    """A table of pairs of tasks: does similarity predict which pairs gain from sharing?
 
+    The gain of a pair, called its benefit, is its delta-m against single-lora with the same seed.
+    """
+    tasks = study.config.tasks
+    pairs = list(combinations(range(len(tasks)), 2))
+    columns = {"benefit": [], "cosine": [], "affinity": []}     # each: one row per seed
+    for seed in seeds:
+        single = study.result(study.arm_jobs("single-lora", seed))["results"]
+        jobs = study.pair_jobs(seed)                            # in the order of `pairs`
+        columns["benefit"].append([delta_m(study.result([job])["results"], single) for job in jobs])
+        for name, measure in (("cosine", "similarity"), ("affinity", "affinity")):
+            matrix = study.runs[f"{measure}/{seed}"]["similarity"]
+            columns[name].append([matrix[t][u] for t, u in pairs])
+    benefit = np.array(columns["benefit"])                      # (seeds, pairs)
 
-def format_runs(methods: dict[str, dict[int, Run]], baseline: Results | None, epoch: str) -> str:
-    """The table: one row per method, with delta-m and its 95 % interval if there is a baseline."""
-    names = []                          # of all tasks, in the order of their first appearance
-    for seeds in methods.values():
-        for run in seeds.values():
-            names += [task for task in run["results"] if task not in names]
-    tasks = make_tasks(names, 1)
-    head = ["method", "epoch", "seeds", "trained"]
-    for task in tasks:
-        better = "up" if task.higher_is_better else "down"
-        head.append(f"{task.name} {task.metric} {better}")
-    if baseline:
-        head += ["delta-m %", "95 % interval"]
-
-    rows = [head]
-    for method, seeds in methods.items():
-        runs = list(seeds.values())
-        row = [method, epoch, str(len(runs)), f"{runs[0]['trainable']:,}"]
-        for task in tasks:
-            with_task = [run for run in runs if task.name in run["results"]]
-            values = [run["results"][task.name][task.metric] for run in with_task]
-            row.append(spread(values) if values else "-")
-        if baseline:
-            whole = [run for run in runs if set(run["results"]) == set(names)]
-            gains = [delta_m(run["results"], baseline) for run in whole]
-            row += [spread(gains) if gains else "-", "-"]
-            if len(gains) > 1:
-                mean, half = interval(gains)
-                row[-1] = f"{mean - half:+.2f} to {mean + half:+.2f}"
-        rows.append(row)
-
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = []
-    for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
-        lines.append("  ".join(cells).rstrip())
+    rows = [["pair", "cosine", "affinity x 1000", "benefit %"]]
+    for i in np.argsort(-benefit.mean(0)):
+        t, u = pairs[i]
+        cosine, affinity = (np.mean(columns[name], axis=0)[i] for name in ("cosine", "affinity"))
+        rows.append([f"{tasks[t]} + {tasks[u]}", f"{cosine:+.3f}", f"{1000 * affinity:+.3f}",
+                     spread(benefit[:, i], 2)])
+    lines = [aligned(rows), f"reliability of the benefits, {len(seeds)} seeds: "
+                            f"{split_half_reliability(benefit):+.2f}"]
+    for name in ("cosine", "affinity"):
+        measured = np.array(columns[name])
+        rho = correlation_of_means(benefit, measured)
+        low, high = bootstrap_interval(correlation_of_means, benefit, measured)
+        lines.append(f"rank correlation of benefit and {name}: {rho:+.2f} ({low:+.2f} to "
+                     f"{high:+.2f})")
     return "\n".join(lines)
-
-
-def draw_gains(path: Path, gains: dict[str, list[float]]) -> None:
-    """Write a PNG of each arm's delta-m: a dot per seed, the mean and its 95 % interval."""
-    left, top, width, row = 130, 34, 520, 26            # pixels
-    all_gains = [gain for values in gains.values() for gain in values]
-    low, high = math.floor(min(all_gains)) - 1, math.ceil(max(all_gains)) + 1
-    bottom = top + row * len(gains)
-    picture = Image.new("RGB", (left + width + 30, bottom + 34), "white")
-    pen = ImageDraw.Draw(picture)
-
-    def position(gain: float) -> float:
-        inside = min(max(gain, low), high)
-        return left + width * (inside - low) / (high - low)
-
-    pen.text((left, 10), "delta-m, % (dot: one seed; bar: mean and 95 % interval)", fill="black")
-    for tick in range(low, high + 1, max(1, (high - low) // 10)):
-        x = position(tick)
-        pen.line((x, top, x, bottom), fill="silver" if tick else "black")
-        pen.text((x, bottom + 4), f"{tick:+d}" if tick else "0", fill="gray", anchor="ma")
-    y = top + row / 2
-    for arm, values in gains.items():
-        mean, half = interval(values)
-        pen.text((left - 8, y), arm, fill="black", anchor="rm")
-        pen.line((position(mean - half), y, position(mean + half), y), fill="royalblue", width=3)
-        pen.line((position(mean), y - 8, position(mean), y + 8), fill="royalblue", width=3)
-        for gain in values:
-            x = position(gain)
-            pen.ellipse((x - 3, y - 3, x + 3, y + 3), outline="black", fill="orange")
-        y += row
-    picture.save(path)
 
 
 # --- the study ------------------------------------------------------------------------------------
 def run_study(study: Study, arms: Sequence[str], seeds: Sequence[int],
               rates: dict[str, float] | None) -> None:
-    """Train every arm with every seed; print the table and the claims.
+    """Train every arm with its seeds, then print the results and verdicts, and draw the verdicts.
 
     rates: {arm: learning rate} as recorded in docs/; None to choose them on CHOICE_SEED.
     """
+    complete = set(arms) == set(ARMS)           # the pairs need single-lora and both measures
+    arm_seeds = {arm: seeds[:ARMS[arm][0]] for arm in arms}
     wanted = {}
     for seed in (*seeds, CHOICE_SEED):
         if seed in seeds or rates is None:
-            wanted[f"similarity/{seed}"] = (["--seed", str(seed), "--tree-only"], None)
+            wanted |= study.measuring_jobs(arms, seed)
     study.complete(wanted)
     if rates is None:
         study.choose_rates(arms)
@@ -479,134 +501,87 @@ def run_study(study: Study, arms: Sequence[str], seeds: Sequence[int],
     wanted = {}
     for seed in seeds:
         for arm in arms:
-            wanted |= study.arm_jobs(arm, seed)
+            if seed in arm_seeds[arm]:
+                wanted |= study.arm_jobs(arm, seed)
+        if complete and seed in seeds[:PAIR_SEEDS]:
+            wanted |= study.pair_jobs(seed)
     study.complete(wanted)
-    results = {}                        # {arm: {seed: {"results", "trainable"}}}
+
+    results = {}                                # {arm: {seed: {"results", "trainable"}}}
     for arm in arms:
-        results[arm] = {seed: study.arm_result(arm, seed) for seed in seeds}
-        if None in results[arm].values():
-            raise ValueError(f"a run of {arm} failed: see \"failed\" in {study.path}")
-
-    baseline = mean_results(results[arms[0]].values())
-    gains = {}                          # {arm: [delta-m of each seed]}
-    for arm in arms:
-        gains[arm] = [delta_m(run["results"], baseline) for run in results[arm].values()]
-    print(format_runs(results, baseline, "last"))
-    draw_gains(study.out / "study.png", gains)
-    if len(seeds) == 1:
-        print("one seed decides nothing")
-    else:
-        print_claims(gains)
-        if set(arms) == set(ARMS):
-            compare_pairs(study, seeds)
-    print(f"wrote {study.path} and {study.out / 'study.png'}")
-
-
-def print_claims(gains: dict[str, list[float]]) -> None:
-    """Print which claims hold. Differences are paired by seed."""
-    for better, worse in CLAIMS:
-        if better in gains and worse in gains:
-            differences = np.subtract(gains[better], gains[worse]).tolist()
-            mean, half = interval(differences)
-            print(verdict(f"{better} > {worse}", mean, mean - half, mean + half))
-
-
-def compare_pairs(study: Study, seeds: Sequence[int]) -> None:
-    """Print whether similar tasks gain more from sharing: pairs against each task by itself."""
+        results[arm] = {}
+        for seed in arm_seeds[arm]:
+            results[arm][seed] = study.result(study.arm_jobs(arm, seed))
     tasks = study.config.tasks
-    pairs = list(combinations(tasks, 2))
-    rank = 2 * (study.config.rank // len(tasks))        # as much per task as single-lora has
-    rate = study.rates["mtl-lora"]
-    wanted = {}
-    for t, u in pairs:
-        for seed in PAIR_SEEDS:
-            flags = (f"--seed {seed} --lr {rate:.4g} --tasks {t},{u} --groups 1,1,1,1 "
-                     f"--rank {rank}")
-            wanted[f"pair/{t}+{u}/{seed}"] = (flags.split(), None)
-    study.complete(wanted)
-
-    matrices = [study.runs[f"similarity/{seed}"]["similarity"] for seed in seeds]
-    mean_similarity = np.mean(matrices, axis=0)         # (T, T)
-    single = mean_results(study.arm_result("single-lora", seed) for seed in PAIR_SEEDS)
-    rows = []                           # (similarity, gain, both tasks)
-    for t, u in pairs:
-        gains = []
-        for seed in PAIR_SEEDS:
-            run = study.runs[f"pair/{t}+{u}/{seed}"]
-            gains.append(delta_m(train.as_numbers(run["results"]), single))
-        similarity = mean_similarity[tasks.index(t), tasks.index(u)]
-        rows.append((similarity, statistics.mean(gains), f"{t} + {u}"))
-    for similarity, gain, pair in sorted(rows, reverse=True):
-        print(f"  {pair:<26} similarity {similarity:.3f}   together, not alone {gain:+.2f} %")
-    similarities, gains, _ = zip(*rows)
-    print(verdict("rank correlation of the two columns", *rank_correlation(similarities, gains)))
+    print(format_runs(results, mean_results(results[arms[0]].values()), "last"))
+    gains = gains_by_seed(results, tasks)
+    differences = {tuple(claim): paired(gains, *claim) for claim in CLAIMS["better"]}
+    judged = judge(differences, CLAIMS)
+    if not judged:
+        print("no claim is judged: a claim needs both of its arms, with two seeds in common")
+        return
+    print(f"\n{format_claims(judged)}\n\n{format_without_tasks(results, judged, tasks)}")
+    print(f"\n{format_trees(study, arms, seeds)}")
+    if complete:
+        print(f"\n{format_pairs(study, seeds[:PAIR_SEEDS])}")
+    draw_claims(study.out / "study.png", judged, CLAIMS["margin"])
+    print(f"\nwrote {study.path} and {study.out / 'study.png'}")
 
 
 def compare_with_recorded(study: Study, recorded: dict, wanted: Iterable[str]) -> None:
-    """Print the results of the `wanted` runs next to those that an earlier study recorded."""
-    print(f"{'run':<28}{'task':<13}{'metric':<8}{'recorded':>10}{'here':>10}  difference")
-    compared, outside = 0, 0
+    """Print the results of the `wanted` runs next to those of the recorded study."""
+    rows = [["run", "task", "metric", "recorded", "here", "difference"]]
+    outside = 0
     for name in wanted:
         before, now = recorded["runs"][name], study.runs[name]
-        if before["tree"] != now["tree"]:
-            print(f"{name:<28}has another tree than the recorded run")
+        if before.get("tree") != now.get("tree"):
+            print(f"the tree of {name} differs from the recorded one")
         for task in make_tasks(list(now["results"]), 1):
             old = before["results"][task.name][task.metric]
             new = now["results"][task.name][task.metric]
-            difference = 100 * (new - old) / old
-            compared += 1
-            mark = ""
-            if not abs(difference) <= TOLERANCE:
+            difference = f"{100 * (new - old) / old:+.2f} %"
+            if not abs(new - old) <= TOLERANCE / 100 * old:     # also marks NaN
                 outside += 1
-                mark = " !"
-            print(f"{name:<28}{task.name:<13}{task.metric:<8}{old:>10.4f}{new:>10.4f}  "
-                  f"{difference:+.2f} %{mark}")
-    print(f"{compared - outside} of {compared} values agree to {TOLERANCE:g} % with the recorded "
-          "ones. Digits differ between CPUs and between versions of PyTorch.")
+                difference += " !"
+            rows.append([name, task.name, task.metric, f"{old:.4f}", f"{new:.4f}", difference])
+    compared = len(rows) - 1
+    print(f"\n{aligned(rows)}\n{compared - outside} of {compared} values agree to {TOLERANCE:g} % "
+          "with the recorded ones. Results depend slightly on the CPU and the PyTorch version.")
+    print(f"recorded on: {recorded['machines']}\nthis machine: {study.machines}")
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line; see the top of this file."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False, epilog="All other flags go to train.py, for every run.")
+        allow_abbrev=False, epilog="All other flags are passed to train.py for every run.")
     add = parser.add_argument
     jobs = torch.cuda.device_count() or os.cpu_count()
-    add("--quick", action="store_true", help="three arms and one seed at the rates in docs/, "
-        "compared with the values in docs/")
+    add("--quick", action="store_true", help="train only three arms with one seed, at the "
+        "learning rates recorded in docs/, and compare the results with the recorded ones")
     add("--out", type=Path, default=Path("runs/study"), help="folder of the study and its runs")
-    add("--jobs", type=int, default=jobs, help="runs at the same time; default: one per GPU, or "
-        "one per core")
-    add("--seeds", type=int, nargs="+", default=list(SEEDS), help="the reported seeds")
-    add("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="the first is the baseline")
-    add("--table", type=Path, metavar="FOLDER", help="train nothing; print the table of the runs "
-        "in FOLDER/METHOD/RUN")
-    add("--baseline", help="with --table: a METHOD in FOLDER, or a JSON file, for delta-m")
-    add("--last", action="store_true", help="with --table: each run's last epoch, not its best")
+    add("--jobs", type=int, default=jobs, help="number of runs that are trained at the same "
+        "time; default: one per GPU, or one per CPU core if there is no GPU")
+    add("--seeds", type=int, nargs="+", default=SEEDS, help="seeds of the reported "
+        "runs; an arm with fewer seeds uses the first of these; default: 10 to 22")
+    add("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="arms to train; the "
+        "first is the baseline of delta-m; default: all")
     args, flags = parser.parse_known_args(argv)
     with one_line_errors():
-        if args.table:
-            print_table(args.table, args.baseline, args.last)
-        else:
-            train_and_report(args, flags)
-
-
-def train_and_report(args: argparse.Namespace, flags: list[str]) -> None:
-    dataset = parse_arguments(flags).dataset
-    flags = SETTINGS.get(dataset, "").split() + flags
-    rates = None
-    if args.quick:
+        dataset = parse_arguments(flags).dataset
+        flags = SETTINGS.get(dataset, "").split() + flags
+        if not args.quick:
+            run_study(Study(args.out, flags, args.jobs), args.arms, args.seeds, None)
+            return
         recorded = read_study(Path(__file__).parent.parent / f"docs/study_{dataset}.json")
-        if recorded["note"]:
-            print(recorded["note"])
-        rates = recorded["rates"]
-        args.arms, args.seeds = QUICK_ARMS, SEEDS[:1]
-    study = Study(args.out, flags, args.jobs)
-    run_study(study, args.arms, args.seeds, rates)
-    if args.quick and recorded["flags"] == " ".join(flags):
+        study = Study(args.out, flags, args.jobs)
+        run_study(study, QUICK_ARMS, SEEDS[:1], recorded["rates"])
+        if recorded["flags"] != " ".join(flags):
+            print("the recorded study used different flags, so its values are not compared")
+            return
         names = []
-        for arm in args.arms:
-            names += study.arm_jobs(arm, args.seeds[0])
+        for arm in QUICK_ARMS:
+            names += study.arm_jobs(arm, SEEDS[0])
         compare_with_recorded(study, recorded, names)
 
 

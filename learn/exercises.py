@@ -2,7 +2,7 @@
 
     python -m pytest tests/test_exercises.py -k yours
 
-An exercise that is not done yet is skipped. docs/LEARN.md says which files to read first.
+Tests of exercises that are not done yet are skipped. docs/LEARN.md says which files to read first.
 """
 
 import numpy as np
@@ -13,8 +13,9 @@ from tglora import TGLoRALinear
 
 
 def elementwise_similarity(g: Tensor, g_other: Tensor) -> Tensor:
-    """1. Eq. 2 as Task2Vec means it: divide each entry of both gradients (P,) by the sum of the two
-    absolute values at that place, and take the cosine of the results. (Assume no entry is 0.)"""
+    """1. Eq. 2 with Task2Vec's normalisation: divide each entry of both gradients (P,) by the sum
+    of the two absolute values at that position, and take the cosine of the results. (Assume
+    that no entry is 0.)"""
     raise NotImplementedError
 
 
@@ -31,8 +32,8 @@ def algorithm_1_from_zero(partition: Partition, sim: np.ndarray,
 
 
 def extreme_trees(num_tasks: int) -> tuple[list[Partition], list[Partition]]:
-    """4. Two trees of four stages: in the first, all tasks share everything; in the second, no two
-    tasks share an adapter."""
+    """4. Two trees of four stages: in the first, all tasks share all adapters; in the second, no
+    two tasks share an adapter."""
     raise NotImplementedError
 
 
@@ -44,11 +45,11 @@ def person_task() -> tuple[object, object]:
 
 
 class TGLoRAConv2d(nn.Module):
-    """6. A frozen convolution with an adapter per group: y_g = conv(x_g) + gamma * B_g(A_g(x_g)).
+    """6. A frozen convolution with an adapter per group: y_g = conv(x_g) + scale * B_g(A_g(x_g)).
 
-    A_g is a convolution with the kernel size, stride and padding of `conv` and with r output
-    channels. B_g is a 1x1 convolution that starts at zero. Neither has a bias. The batch holds one
-    group after another, as in TGLoRALinear.
+    A_g is a convolution with the kernel size, stride and padding of `conv`, and with ranks[g]
+    output channels. B_g is a 1x1 convolution that starts at zero. Neither has a bias. The batch
+    holds one group after another, as in TGLoRALinear.
     """
 
     def __init__(self, conv: nn.Conv2d, ranks: tuple[int, ...], scale: float = 4.0):

@@ -1,4 +1,4 @@
-"""Solutions of learn/exercises.py. Try them yourself first."""
+"""Solutions of learn/exercises.py. Try the exercises yourself first."""
 
 from itertools import combinations
 
@@ -25,7 +25,7 @@ def merged_weight(layer: TGLoRALinear, group: int) -> Tensor:
 
 def algorithm_1_from_zero(partition: Partition, sim: np.ndarray,
                           num_groups: int) -> Partition | None:
-    """If all similarities are negative, no merge scores above 0, so no merge is chosen."""
+    """Returns None, for example, if all similarities are negative: no merge scores above 0."""
     while len(partition) > num_groups:
         best, best_score = None, 0
         for a, b in combinations(partition, 2):

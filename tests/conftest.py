@@ -1,9 +1,10 @@
-"""Shared by the tests: small datasets in the layouts of the published archives.
+"""Fixtures and helpers for the tests, including small datasets in the layouts of real archives.
 
-Rendered rooms stand in for photos, so that nobody needs to own the real archives: a test asks for
+Rendered rooms stand in for photos, so the real archives are not needed: a test asks for
 `nyud_folder` or `pascal_folder` (a fresh copy, which it may damage) or for `nyud_archive` or
-`pascal_archive` (a .tgz). Some tests read a few real images. They are skipped unless TGLORA_DATA
-names a folder with NYUD_MT_mini.tgz and PASCAL_MT_mini.tgz.
+`pascal_archive` (a .tgz). Tests that read a few real images are skipped if their archive
+(NYUD_MT_mini.tgz or PASCAL_MT_mini.tgz) is not in the folder that the environment variable
+TGLORA_DATA names.
 """
 
 import functools
@@ -19,10 +20,10 @@ import pytest
 import torch
 from PIL import Image
 
-# Small networks run fastest on one thread, and sums are then always added in the same order.
+# Small networks run fastest on one thread, which also fixes the order in which sums are computed.
 torch.set_num_threads(1)
 
-# For each image: its split, the room's number, its height and width, and the labels it lacks.
+# For each image: split, number of the room, (height, width), and the tasks without a label.
 NYUD_ROOMS = {
     "433": ("train", 0, (48, 64), ()),
     "834": ("train", 1, (47, 62), ("depth", "normals")),
@@ -37,17 +38,17 @@ PASCAL_ROOMS = {
     "2008_000019": ("train", 1, (27, 48), ("human_parts",)),
     "2008_000026": ("val", 11, (50, 37), ()),
 }
-# The numbers stored on disk for floor, ceiling, wall, box, sphere, cylinder and person.
+# The class numbers stored on disk for floor, ceiling, wall, box, sphere, cylinder and person.
 NYUD_NUMBERS = np.array([2, 22, 1, 29, 40, 38, 31], np.uint8)
 PASCAL_NUMBERS = np.array([0, 0, 0, 9, 20, 5, 15], np.uint8)
-CONTEXT_NUMBERS = np.array([158, 3, 457, 104, 207, 1, 2], np.uint16)    # NYUD has the first four
+CONTEXT_NUMBERS = np.array([158, 3, 457, 104, 207, 1, 2], np.uint16)    # NYUD also has the first 4
 PART_NAMES = {1: ("hair", "head"), 2: ("neck", "torso"), 3: ("luarm", "ruarm"),
               4: ("llarm", "rhand"), 5: ("luleg", "ruleg"), 6: ("lfoot", "rlleg")}
 
 
 @functools.cache
 def costs(*flags: str) -> dict:
-    """The costs that `python cost.py` prints for these flags, computed only once."""
+    """The parameter counts and MACs that cost.py gives for these flags, cached for other tests."""
     from cost import cost
     from recipes import parse_arguments
     return cost(parse_arguments(list(flags)))
@@ -66,7 +67,7 @@ def room(number: int, size: tuple[int, int]) -> dict[str, np.ndarray]:
 
 
 def write(path: Path, value: np.ndarray) -> None:
-    """Save an array as .npy, or as an image."""
+    """Save an array as .npy or as an image, depending on the suffix of `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".npy":
         np.save(path, value)
@@ -75,7 +76,7 @@ def write(path: Path, value: np.ndarray) -> None:
 
 
 def write_splits(folder: Path, rooms: dict) -> None:
-    """The lists of images, one file per split, with the byte order mark of a Windows editor."""
+    """Write each split's list of images, with the byte order mark that some editors add."""
     folder.mkdir(parents=True)
     for split in ("train", "val"):
         ids = [id for id, (its_split, *_) in rooms.items() if its_split == split]
@@ -83,7 +84,7 @@ def write_splits(folder: Path, rooms: dict) -> None:
 
 
 def write_nyud(root: Path) -> None:
-    """NYUD_ROOMS in the layout of NYUD_MT.tgz. A label that is missing is all zeros there."""
+    """Write NYUD_ROOMS in the layout of NYUD_MT.tgz. A missing label is written as all zeros."""
     write_splits(root / "gt_sets", NYUD_ROOMS)
     for id, (_, number, size, missing) in NYUD_ROOMS.items():
         sample = room(number, size)
@@ -100,13 +101,13 @@ def write_nyud(root: Path) -> None:
 
 
 def write_pascal(root: Path) -> None:
-    """PASCAL_ROOMS in the layout of PASCAL_MT.tgz, with PASCAL's MATLAB files."""
+    """Write PASCAL_ROOMS in the layout of PASCAL_MT.tgz, including its MATLAB files."""
     savemat = pytest.importorskip("scipy.io").savemat
     write_splits(root / "ImageSets/Context", PASCAL_ROOMS)
     for id, (_, number, size, missing) in PASCAL_ROOMS.items():
         sample = room(number, size)
         classes = PASCAL_NUMBERS[sample["semseg"]]
-        classes[:2] = 255
+        classes[:2] = 255                   # ignored
         source = "pascal-context" if id == "2008_000019" else "VOC12"
         normals = ((sample["normals"] + 1) * 127.5).round().astype(np.uint8)
         write(root / f"JPEGImages/{id}.jpg", sample["image"])
@@ -123,9 +124,10 @@ def write_pascal(root: Path) -> None:
 
 
 def annotation(parts: np.ndarray) -> dict:
-    """PASCAL-Part's annotation of a cow and, if there is one, of a person with these parts (H, W).
+    """A PASCAL-Part annotation of an image with a cow and a person.
 
-    The left and the right half of each part have different names.
+    parts: (H, W), the person's body parts; if all values are 255, the image has no person. Each
+    part has one name in the left half of the image and another in the right half.
     """
     left = np.zeros(parts.shape, bool)
     left[:, :parts.shape[1] // 2] = True
@@ -140,7 +142,7 @@ def annotation(parts: np.ndarray) -> dict:
 
 
 def structs(rows: list[dict]) -> np.ndarray:
-    """A MATLAB array of structs with the same fields."""
+    """Dicts with the same keys -> the array that savemat writes as a MATLAB array of structs."""
     fields = [(name, object) for name in rows[0]]
     return np.array([tuple(row.values()) for row in rows], dtype=fields)
 
@@ -167,13 +169,13 @@ def pascal_original(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def nyud_folder(nyud_original, tmp_path) -> Path:
-    """A fresh copy, which a test may damage."""
+    """A fresh copy of the small NYUD dataset, which a test may damage."""
     return shutil.copytree(nyud_original, tmp_path / "NYUD_MT")
 
 
 @pytest.fixture
 def pascal_folder(pascal_original, tmp_path) -> Path:
-    """A fresh copy, which a test may damage."""
+    """A fresh copy of the small PASCAL dataset, which a test may damage."""
     return shutil.copytree(pascal_original, tmp_path / "PASCAL_MT")
 
 
@@ -189,7 +191,7 @@ def pascal_archive(pascal_original, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def server(tmp_path):
-    """A folder (Path) and the address from which its files can be downloaded."""
+    """Serve a new folder over HTTP. Yields the folder and the server's address."""
     folder = tmp_path / "server"
     folder.mkdir()
     handler = functools.partial(SimpleHTTPRequestHandler, directory=str(folder))
@@ -200,11 +202,15 @@ def server(tmp_path):
 
 
 def copy_of_real(name: str, folder: Path) -> Path:
-    """Copy an archive to `folder`, where it can be unpacked. Skips the test if it is missing."""
+    """Copy an archive of real images to `folder`, where it can be unpacked.
+
+    Skips the test if the archive is missing.
+    """
     path = Path(os.environ.get("TGLORA_DATA", ""), name)
     if not path.is_file():
-        pytest.skip(f"needs real images: set TGLORA_DATA to a folder with {name}, an archive of a "
-                    f"few images in the layout of {name.replace('_mini', '')}")
+        pytest.skip("needs real images (see docs/RUNS.md): set the environment variable "
+                    f"TGLORA_DATA to a folder with {name}, an archive of a few images in the "
+                    f"layout of {name.replace('_mini', '')}")
     return Path(shutil.copy2(path, folder))
 
 

@@ -1,4 +1,5 @@
-"""cost.py: the paper's parameters and MACs, and the true cost against PyTorch's counter."""
+"""Tests of cost.py: parameters and MACs are compared with the paper's, and MACs also with PyTorch's
+FLOP counter."""
 
 import json
 
@@ -21,10 +22,10 @@ PASCAL, NYUD = "semseg,human_parts,sal,normals", "semseg,normals,depth"
 
 
 def parameters(*flags):
-    """Counts of parameters, without the MACs, which take longer."""
+    """The parameter counts for these flags, without the MACs, which take longer to compute."""
     config = parse_arguments(list(flags))
     count = cost.ledger(cost.network(config))
-    assert config.weights == "imagenet"             # the caller's settings are left alone
+    assert config.weights == "imagenet"             # cost.network leaves `config` unchanged
     return count
 
 
@@ -37,7 +38,9 @@ def parameters(*flags):
     ("pascal", 16, "attn", 2_370_560), ("nyud", 63, "attn+mlp", 5_932_916),
     ("nyud", 63, "attn+mlp+others", 7_532_462), ("nyud", 63, "attn", 3_150_836)])
 def test_trained_parameters_are_the_papers(dataset, rank, layers, trained):
-    """The counts are those of tables 1, 2, 5 and 6, whatever the number of groups."""
+    """The counts of trained parameters are those of tables 1, 2, 5 and 6, which give them in
+    millions. With --layers attn, the test also checks that --groups 1,1,1,1, where all tasks share
+    all adapters, gives the same counts."""
     flags = ["--dataset", dataset, "--layers", layers, "--rank", str(rank)]
     count = parameters(*flags)
     decoders = {"pascal": 1_946_624, "nyud": 1_481_588}[dataset]
@@ -51,7 +54,8 @@ def test_trained_parameters_are_the_papers(dataset, rank, layers, trained):
 
 @pytest.mark.parametrize("dataset, decoders", [("pascal", 1_946_624), ("nyud", 1_481_588)])
 def test_parameters_of_the_baselines(dataset, decoders):
-    """The decoders have the paper's count; full fine-tuning counts all parts, unlike the paper."""
+    """--method decoders trains as many parameters as in the paper. --method full trains the
+    decoders and the whole backbone."""
     flags = ["--dataset", dataset, "--method"]
     assert parameters(*flags, "decoders")["trainable"] == decoders
     full = parameters(*flags, "full")
@@ -73,8 +77,8 @@ def test_macs_are_those_of_table_3_and_section_9(dataset, groups, tasks, ours, p
 
 # --- counting -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("merged", [False, True])
-def test_the_true_cost_is_that_of_pytorchs_counter(merged):
-    """The true cost is at most 1 % above PyTorch's count, which leaves out biases."""
+def test_macs_of_all_products_agree_with_pytorchs_counter(merged):
+    """Our count of all MACs is at most 1 % above PyTorch's, which leaves out biases."""
     config = parse_arguments(["--weights", "none", "--rank", "48", "--tasks", "depth,sal,edge"])
     model = build(config, make_tasks(config.tasks, None), uneven_tree(3, config.groups))
     if merged:
@@ -88,7 +92,8 @@ def test_the_true_cost_is_that_of_pytorchs_counter(merged):
 
 
 def test_macs_of_each_module():
-    """MACs computed by hand agree: a convolution, a linear layer that runs twice, attention."""
+    """module_macs agrees with MACs computed by hand for a convolution, a linear layer that runs
+    twice, and attention."""
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -110,7 +115,8 @@ def test_macs_of_each_module():
 
 
 def test_a_tree_from_a_file_has_its_own_cost(tmp_path):
-    """Equal groups cost less than the uneven ones that are assumed without a tree."""
+    """With a tree of equally large groups, the adapters need fewer MACs than with the uneven tree
+    that cost.py assumes without --tree. The other costs are equal."""
     stage = [["semseg", "depth"], ["normals", "sal"]]
     path = tmp_path / "tree.json"
     path.write_text(json.dumps({"tree": [stage] * 4}))
@@ -122,7 +128,7 @@ def test_a_tree_from_a_file_has_its_own_cost(tmp_path):
 
 
 def test_the_command_prints_text_or_json(capsys):
-    """cost.py prints parameters and both counts of MACs as text or JSON; bad input is one line."""
+    """The command prints parameters and MACs as text or JSON. A missing tree file is an error."""
     flags = ["--tasks", "depth,sal", "--size", "64x96"]
     cost.main([*flags, "--json"])
     printed = json.loads(capsys.readouterr().out)

@@ -1,4 +1,7 @@
-"""data.py: checked samples, batches, and the warp against rendered views and a plain version."""
+"""Tests of data.py: samples are checked, batches are reproducible, and `warp` is correct.
+
+`warp` is compared with rooms rendered by a different camera, and with a plain loop over pixels.
+"""
 
 from argparse import Namespace
 from multiprocessing import get_all_start_methods
@@ -24,13 +27,13 @@ OWN = {
 
 @pytest.fixture
 def own(monkeypatch):
-    """A user's own task of each kind."""
+    """Add the tasks of OWN, one of each kind, to tasks.TASKS, as a user would."""
     for name, task in OWN.items():
         monkeypatch.setitem(TASKS, name, task)
 
 
 class Photos(Dataset):
-    """A user's own dataset with a single sample, or with an error that reading it raises."""
+    """A user's own dataset of one sample; `sample` may also be an exception to raise instead."""
 
     def __init__(self, sample):
         self.sample = sample
@@ -45,13 +48,16 @@ class Photos(Dataset):
 
 
 def check(sample, *names):
-    """The first sample of Photos with the labels of the tasks called `names`."""
+    """Read `sample` through `Checked`, which keeps only the labels of the tasks called `names`."""
     return Checked("photos val", Photos(sample), make_tasks(names, 7))[0]
 
 
 # --- samples --------------------------------------------------------------------------------------
 def test_labels_may_be_arrays_without_a_channel_axis(own):
-    """Arrays become tensors, values that are not finite become 0, other entries are left out."""
+    """Arrays become tensors, and a float label (H, W) gets a channel axis.
+
+    In float labels, NaN and infinity become 0. Entries that no task uses are left out.
+    """
     height = np.array([[0.25, -1.5, np.nan], [np.inf, 3, 0]])
     things = np.array([[0, 6, 255], [1, 2, 3]])
     image = np.zeros((3, 2, 3), np.uint8)
@@ -76,17 +82,20 @@ def test_labels_may_be_arrays_without_a_channel_axis(own):
     ("image", torch.zeros(3, 0, 6).byte(), r"\(3, 0, 6\) of uint8; expected \(3, H, W\)"),
     ("image", torch.zeros(3, 4, 6), r"\(3, 4, 6\) of float32; expected \(3, H, W\) of uint8")])
 def test_wrong_samples_are_refused(own, name, label, message):
-    """The error names the dataset, the sample, the task, the mistake and the right form."""
+    """The error names the dataset, the sample, the entry, the mistake and what was expected."""
     sample = {"image": torch.zeros(3, 4, 6).byte(), "things": torch.zeros(4, 6).byte()}
     sample[name] = label
     message = message if message.startswith("contains") else f"is {message}"
-    with pytest.raises(ValueError, match=f"^photos val: sample 0: its {name} {message}"):
+    with pytest.raises(ValueError, match=f"^photos val: sample 0: {name} {message}"):
         check(sample, "things" if name == "image" else name)
 
 
 def test_missing_labels_and_unknown_kinds_are_refused(own, monkeypatch):
-    """A missing label is an error when its sample is read; an unknown kind is one at once."""
-    with pytest.raises(ValueError, match="^photos val: sample 0: it has no depth; it has image, a"):
+    """A sample without the label of a task raises an error that names the task.
+
+    A task of an unknown kind raises an error that names its kind.
+    """
+    with pytest.raises(ValueError, match="sample 0: the sample has no depth; it has image, a"):
         check({"image": torch.zeros(3, 4, 6).byte(), "a": 1}, "depth")
     monkeypatch.setattr(OWN["height"], "kind", "heights")
     with pytest.raises(ValueError, match="height has kind 'heights'; expected one of classes, val"):
@@ -95,37 +104,43 @@ def test_missing_labels_and_unknown_kinds_are_refused(own, monkeypatch):
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_bad_input_in_a_users_dataset_is_one_line(workers):
-    """The error names the sample and joins its lines; a worker puts a traceback in front of it."""
+    """An OSError in a user's dataset becomes a one-line ValueError that names the sample.
+
+    If a data worker reads the sample, PyTorch puts the worker's traceback in front of the message.
+    """
     dataset = Checked("photos val", Photos(OSError("cannot read\n  a.png")), [])
     with pytest.raises(ValueError, match="sample 0: cannot read a.png\n?$"):
         next(iter(loader(dataset, [[0]], workers)))
 
 
 @pytest.mark.parametrize("sample, message", [
-    ((1, 2), "it is a tuple; expected a dict"),
-    ({"image": "photo.png"}, "its image cannot become a tensor"),
+    ((1, 2), "the sample is a tuple; expected a dict"),
+    ({"image": "photo.png"}, "image cannot be converted to a tensor"),
     (ValueError(), r"ValueError\(\)")])
-def test_samples_without_the_right_form_are_refused(sample, message):
-    """A sample may be no dict, have an image that is no array, or raise an empty error."""
+def test_samples_that_cannot_be_read_are_refused(sample, message):
+    """The error names the sample and its problem, even if the original error has no message."""
     with pytest.raises(ValueError, match=f"^photos val: sample 0: {message}"):
         check(sample, "depth")
 
 
 def test_a_stop_iteration_does_not_end_the_dataset():
-    """StopIteration becomes another error, because it would silently end a loader's loop."""
+    """A StopIteration, which would silently end a loop over samples, becomes a RuntimeError."""
     with pytest.raises(RuntimeError, match="photos val: sample 0: StopIteration"):
         check(StopIteration(), "depth")
 
 
 def test_a_bug_in_a_users_dataset_keeps_its_traceback():
-    """The error is raised unchanged, with a note that names the sample."""
+    """A TypeError is passed on, with a note that names the sample."""
     with pytest.raises(TypeError, match="a bug") as raised:
         check(TypeError("a bug"), "depth")
     assert raised.value.__notes__ == ["photos val: sample 0"]
 
 
 def test_datasets_are_opened_by_name(monkeypatch):
-    """A user's own dataset opens by name, cached or not; unknown and empty ones are refused."""
+    """A user's own dataset can be opened by its name, with and without --cache.
+
+    An unknown dataset and a split without images are errors.
+    """
     config = Namespace(dataset="mine", tasks=["semseg"], cache=False, size=(9, 8), train_rooms=3,
                        val_rooms=2, room_seed=0)
     with pytest.raises(ValueError, match="unknown dataset 'mine'; expected one of rooms, nyud"):
@@ -135,7 +150,7 @@ def test_datasets_are_opened_by_name(monkeypatch):
     train = open_dataset(config, "train")
     assert len(train) == 3
     val = open_dataset(config, "val")
-    config.room_seed = 5                                # other rooms to train on, the same to test
+    config.room_seed = 5                                # changes only the training rooms
     assert not torch.equal(open_dataset(config, "train")[0]["image"], train[0]["image"])
     assert torch.equal(open_dataset(config, "val")[0]["image"], val[0]["image"])
     assert len(val) == 2 and list(val[0]) == ["image", "semseg"]
@@ -144,7 +159,7 @@ def test_datasets_are_opened_by_name(monkeypatch):
     cached = open_dataset(config, "val")
     assert len(cached) == 2 and torch.equal(cached[1]["image"], val[1]["image"])
     assert cached[1]["image"] is cached[1]["image"]
-    assert loader(cached, [[0]], workers=1).num_workers == 0        # workers would only copy it
+    assert loader(cached, [[0]], workers=1).num_workers == 0    # workers would only copy samples
     config.val_rooms = 0
     with pytest.raises(ValueError, match="mine: the val split has no images"):
         open_dataset(config, "val")
@@ -154,7 +169,10 @@ def test_datasets_are_opened_by_name(monkeypatch):
 
 # --- batches --------------------------------------------------------------------------------------
 def test_batches_depend_on_seed_and_epoch():
-    """The order of images is pinned here, because a resumed run must see the same images."""
+    """Batches depend on the seed and the epoch, and an incomplete last batch is dropped.
+
+    The test fixes the exact order, because a resumed run must see the same batches.
+    """
     batches = epoch_batches(7, 3, 2, seed=5)
     assert batches == [[1, 4, 2], [3, 6, 5], [4, 2, 0], [6, 5, 3]]
     assert epoch_batches(7, 3, 2, seed=6) != batches
@@ -166,7 +184,11 @@ def test_batches_depend_on_seed_and_epoch():
 @pytest.mark.slow
 @pytest.mark.parametrize("method", get_all_start_methods())
 def test_data_workers_may_start_in_any_way(method):
-    """Windows and macOS spawn workers, and Python 3.14 on Linux uses a fork server."""
+    """A data worker returns the same batches as the main process, however the worker is started.
+
+    By default, workers are spawned on Windows and macOS, and forked on Linux (by a fork server
+    since Python 3.14).
+    """
     dataset = Checked("rooms val", Rooms("val", ["sal"], 4, (16, 16)), make_tasks(["sal"], 7))
     batches = [[2, 0], [1, 3]]
     workers = DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=1,
@@ -177,7 +199,11 @@ def test_data_workers_may_start_in_any_way(method):
 
 # --- augmentation ---------------------------------------------------------------------------------
 def test_augmentation_draws_from_the_whole_range():
-    """Flips, scales, angles and places are independent, and a cut never leaves the image."""
+    """Flip, scale, angle and centre cover their ranges; flip, angle and centre are uncorrelated.
+
+    The image extends from -1 to 1 in both coordinates of the centre. At a scale of 2, the centre
+    stays between -0.5 and 0.5, so an unrotated cut lies inside the image.
+    """
     torch.manual_seed(0)
     drawn = draw_augmentation(400, flip=True, scales=(0.8, 2.0), rotate=20.0)
     scale, centre, angle = drawn["scale"], drawn["centre"], drawn["angle"]
@@ -197,7 +223,11 @@ def test_augmentation_draws_from_the_whole_range():
 @pytest.mark.parametrize("angle, flip, zoom", [
     (0.0, True, 1.0), (20.0, False, 1.0), (-13.0, True, 1.0), (0.0, False, 1.4)])
 def test_the_warp_equals_another_camera(angle, flip, zoom):
-    """A mirrored or rolled camera, or a longer lens, sees the same classes, depth and normals."""
+    """Nearly all warped labels agree with those of a mirrored or rolled camera, or a longer lens.
+
+    Depth is compared after multiplying it by the zoom: `warp` divides depth by the zoom, but a
+    longer lens does not change it.
+    """
     c, s = np.cos(np.deg2rad(angle)), np.sin(np.deg2rad(angle))
     axes = np.array([[c, s, 0], [-s, c, 0], [0, 0, 1]])
     if flip:
@@ -207,12 +237,12 @@ def test_the_warp_equals_another_camera(angle, flip, zoom):
     image, labels = warp(collate([room]), (160, 120), angle=torch.tensor([angle]),
                          flip=torch.tensor([flip]), scale=torch.tensor([zoom]))
     image, labels = image[0], {name: label[0] for name, label in labels.items()}
-    inside = labels["semseg"] != 255                # a turned image leaves the corners empty
+    inside = labels["semseg"] != 255                # rotation leaves the corners empty
     assert inside.float().mean() > 0.6 and (inside.all() or angle)
     assert (image[:, ~inside] == 0).all() and (labels["depth"][:, ~inside] == 0).all()
     same = inside & (labels["semseg"] == expected["semseg"])
-    assert same.sum() > 0.96 * inside.sum()         # nearest sampling differs at borders
-    flat = same & (expected["semseg"] <= 3)         # spheres and people curve within half a pixel
+    assert same.sum() > 0.96 * inside.sum()         # classes may differ at object borders
+    flat = same & (expected["semseg"] <= 3)         # on curved objects, half a pixel matters
     cosine = (labels["normals"] * expected["normals"]).sum(0)[flat]
     assert (cosine > np.cos(np.deg2rad(2))).float().mean() > 0.98
     ratio = (labels["depth"] * zoom / expected["depth"])[0][same]
@@ -220,11 +250,12 @@ def test_the_warp_equals_another_camera(angle, flip, zoom):
 
 
 def warp_plainly(sample, size, flip, scale, centre, angle):
-    """`warp` of one sample, pixel by pixel, with labels of all four kinds.
+    """Compute `warp` for one sample, pixel by pixel, with labels of all four kinds.
 
-    Points of the image are complex numbers, x to the right and i up. Whatever is at z, seen from
-    the middle of the cut, appears in the cut at mirror(z * e^(i angle)) * scale. Also returns a
-    mask of the pixels where rounding cannot change which pixel is the nearest.
+    Positions are complex numbers: the real axis points right, the imaginary axis up. The cut is the
+    part of the image that is shown. A point of the image at z, relative to the middle of the cut,
+    appears in the cut at mirror(z * e^(i angle)) * scale. Returns the warped image and labels, and
+    a mask of the pixels where rounding cannot change which pixel is the nearest.
     """
     H, W = sample["image"].shape[1:]
     h, w = size
@@ -262,7 +293,8 @@ def warp_plainly(sample, size, flip, scale, centre, angle):
 
 
 def test_the_warp_equals_a_plain_one(own):
-    """For random arguments, a padded batch and all kinds of labels, `warp_plainly` agrees."""
+    """`warp` and `warp_plainly` agree for random arguments, padded images and each kind of label.
+    """
     rng = np.random.default_rng(0)
     samples = []
     for H, W in ((31, 41), (37, 29)) * 3:
@@ -287,7 +319,7 @@ def test_the_warp_equals_a_plain_one(own):
 
 
 def test_a_tie_between_pixels_does_not_depend_on_the_padding():
-    """At half the size, a label keeps every second pixel, with and without padding."""
+    """At half the size, `warp` keeps every second pixel of a label, with and without padding."""
     depth = torch.arange(1.0, 401).view(1, 20, 20)
     sample = {"image": torch.zeros(3, 20, 20).byte(), "depth": depth}
     larger = {"image": torch.zeros(3, 27, 33).byte(), "depth": torch.zeros(1, 27, 33)}
@@ -297,7 +329,7 @@ def test_a_tie_between_pixels_does_not_depend_on_the_padding():
 
 
 def test_the_warp_moves_the_batch_to_the_device():
-    """All results are on the given device; the meta device stands in for a GPU."""
+    """`warp` returns all tensors on the given device. Here the meta device stands in for a GPU."""
     batch = collate([render_room((0, 0, 0), 16, 24)])
     image, labels = warp(batch, (8, 8), "meta", **draw_augmentation(1, True, (1.5,), 20.0))
     assert image.device.type == "meta" and image.shape == (1, 3, 8, 8)

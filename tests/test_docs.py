@@ -1,4 +1,8 @@
-"""README and docs: links work, commands exist, and the output shown is what the code prints."""
+"""Tests of README.md, CONTRIBUTING.md and docs/.
+
+Relative links have a target, the commands for train.py, eval.py and cost.py can be parsed, Python
+blocks import names that exist, and the printed costs and demonstration results are up to date.
+"""
 
 import argparse
 import ast
@@ -22,14 +26,14 @@ NUMBER = r"([\d.]+)"
 
 # --- links ----------------------------------------------------------------------------------------
 def anchors(path):
-    """The names by which GitHub links to the headings of a page."""
+    """The anchors that GitHub makes from the headings of a page, for links such as #results."""
     headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.M)
     return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 def test_links_lead_to_files_and_headings(page):
-    """Every relative link and picture exists, and so does the heading it points to."""
+    """Relative links and pictures point to files and headings that exist."""
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
         if re.match(r"\w+:", target):       # another website
             continue
@@ -48,21 +52,31 @@ def test_the_printed_cost_is_that_of_cost_py(capsys):
 
 @pytest.mark.slow
 def test_the_demonstration_gives_the_shown_results(tmp_path):
-    """`python train.py` with seed 0 gives the tree in docs/RUNS.md, and its table within 2 %."""
+    """`python train.py` gives the tree and results in README.md and docs/RUNS.md.
+
+    Results agree to 2 %, and those of constant predictions to 1e-4. The parameter counts in
+    README.md are checked too.
+    """
     metrics = train.main(["--out", str(tmp_path / "run")])
-    shown = re.findall(rf"^(\w+) +([a-zA-Z<][\w.]*) +{NUMBER} +{NUMBER}(?: |$)", PAGE["RUNS"], re.M)
-    assert len(shown) == 10
+    row = re.compile(rf"^(\w+) +([a-zA-Z<][\w.]*) +{NUMBER} +{NUMBER}(?: |$)", re.M)
+    shown = row.findall(PAGE["README"]) + row.findall(PAGE["RUNS"])
+    assert len(shown) == 4 + 10
     for task, metric, result, constant in shown:
         assert metrics["results"][task][metric] == pytest.approx(float(result), rel=0.02)
         assert metrics["reference"][task][metric] == pytest.approx(float(constant), abs=1e-4)
     for i, stage in enumerate(metrics["tree"], 1):
         groups = " ".join("{" + ", ".join(group) + "}" for group in stage)
-        assert f"stage {i}   {groups}" in PAGE["RUNS"]
+        assert f"stage {i}   {groups}" in PAGE["README"] and f"stage {i}   {groups}" in PAGE["RUNS"]
+    counts = [f"{metrics[name]:,}" for name in ("adapters", "decoders", "trainable", "total")]
+    assert re.search("adapters {} .*decoders {} .*= {} of {}".format(*counts), PAGE["README"])
 
 
 # --- commands and snippets ------------------------------------------------------------------------
 def commands(pattern):
-    """(file, flags) of each command in the pages' code blocks whose file matches `pattern`."""
+    """Find the commands in the pages that run a file whose name matches the regex `pattern`.
+
+    Only commands on a line of their own are found. Returns a list of (file, flags).
+    """
     runs = []
     for text in PAGE.values():
         for line in text.replace("\\\n", " ").splitlines():
@@ -74,7 +88,7 @@ def commands(pattern):
 
 
 def check_training_flags(flags):
-    """Parse flags of train.py, without reading a run's files for --resume."""
+    """Parse flags with train.py's parser. With --resume, the run's checkpoint is not read."""
     first = argparse.ArgumentParser(allow_abbrev=False)
     first.add_argument("--dataset", choices=RECIPES, default="rooms")
     dataset = first.parse_known_args(flags)[0].dataset
@@ -82,7 +96,7 @@ def check_training_flags(flags):
 
 
 def test_commands_of_the_core_have_real_flags():
-    """Each command's flags are known to the program that it starts."""
+    """The flags in the commands for train.py, eval.py and cost.py exist and have valid values."""
     runs = commands(r"train\.py|eval\.py|cost\.py")
     assert {program for program, _ in runs} == {"train.py", "eval.py", "cost.py"}
     for program, flags in runs:
@@ -93,7 +107,10 @@ def test_commands_of_the_core_have_real_flags():
 
 
 def test_snippets_import_names_that_exist():
-    """Every Python block parses, and every name that it imports from outside extras/ exists."""
+    """Every Python block parses, and every name in its `from` imports exists.
+
+    Imports from extras/ are not checked.
+    """
     for text in PAGE.values():
         for block in re.findall(r"```python\n(.*?)```", text, re.S):
             for node in ast.walk(ast.parse(block)):

@@ -1,4 +1,7 @@
-"""eval.py: averages checked by hand, the command, and photos."""
+"""Tests of eval.py: metrics equal those computed by hand, and the command repeats a run's results.
+
+The command also draws predictions for photos.
+"""
 
 import json
 import math
@@ -19,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def batch(depth):
-    """One image of 4x4 pixels whose left half is `depth` metres away; the right is not measured."""
+    """A batch with one image of 4x4 pixels. Only its left half has a depth: `depth` metres."""
     label = torch.zeros(1, 1, 4, 4)
     label[..., :2] = depth
     return {"size": torch.tensor([[4, 4]]),
@@ -33,7 +36,7 @@ def predict_two_metres(image):
 
 
 def test_the_validation_loss_is_a_mean_over_labelled_images():
-    """Each task's mean leaves out images without its label; eq. 8 weights and adds the means."""
+    """A task's loss is a mean over images with a label for it. Eq. 8 sums the weighted losses."""
     depth, semseg = tasks = make_tasks(["depth", "semseg"], 3)
     depth.weight, semseg.weight = 4.0, 0.5
     result = evaluate(predict_two_metres, tasks, [batch(3.0), batch(0.0), batch(5.0)], (4, 4), CPU)
@@ -44,7 +47,8 @@ def test_the_validation_loss_is_a_mean_over_labelled_images():
 
 
 def test_nan_predictions_are_counted_and_not_averaged_away():
-    """Three bad pixels make the metric NaN, and the table says how many there were."""
+    """NaN predictions at valid pixels make the metric NaN, and the table says how many there are.
+    """
     def broken(image):
         predictions = predict_two_metres(image)
         predictions["depth"][0, 0, :3, 0] = math.nan
@@ -58,7 +62,10 @@ def test_nan_predictions_are_counted_and_not_averaged_away():
 
 
 def test_a_task_without_labels_has_no_metric():
-    """The network's metrics and those of the constant are NaN, and the table says why."""
+    """Without labels, the metrics of the network and of the best constant prediction are NaN.
+
+    The table says why.
+    """
     tasks = make_tasks(["depth"], 3)
     result = evaluate(predict_two_metres, tasks, [batch(0.0)], None, CPU)
     constants = reference(tasks, [batch(0.0)], None)
@@ -69,7 +76,7 @@ def test_a_task_without_labels_has_no_metric():
 
 
 def test_the_constant_is_fitted_to_valid_pixels():
-    """The best constants are the mean of the measured depths and the most common class."""
+    """The best constants are the mean depth and the most common class of the valid pixels."""
     tasks = make_tasks(["depth", "semseg"], 3)
     batches = [batch(3.0), batch(5.0), batch(0.0)]
     constants = best_constants(tasks, batches, (4, 4))
@@ -79,7 +86,7 @@ def test_the_constant_is_fitted_to_valid_pixels():
 
 
 def test_without_a_size_images_keep_their_own():
-    """--native predicts and compares at each image's own size."""
+    """If no size is given, as with --native, the network gets each image at its own size."""
     shapes = []
 
     def predict(image):
@@ -91,7 +98,7 @@ def test_without_a_size_images_keep_their_own():
 
 
 def test_predictions_are_made_in_evaluation_mode_under_autocast():
-    """Dropout is off, and with bf16 the prediction is bf16."""
+    """`predictor` turns dropout off, and its predictions have the data type of autocast."""
     model = nn.Sequential(nn.Dropout(0.5), nn.Conv2d(3, 2, 1)).train()
     image = torch.ones(1, 3, 4, 4)
     predict = predictor(model, None)
@@ -102,7 +109,7 @@ def test_predictions_are_made_in_evaluation_mode_under_autocast():
 # --- the command ----------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run of a few steps and its metrics."""
+    """Train for one step. Returns the folder and the metrics of the run."""
     out = tmp_path_factory.mktemp("trained") / "run"
     metrics = train.main([
         "--tasks", "semseg,depth,normals", "--train-rooms", "4", "--val-rooms", "3", "--size",
@@ -112,7 +119,7 @@ def trained(tmp_path_factory):
 
 
 def test_evaluating_a_checkpoint_repeats_the_results_of_its_run(trained, capsys):
-    """eval.py prints the run's results as JSON, and a table at native size if asked for."""
+    """--json prints the same results as the run. --native evaluates images at their own size."""
     out, metrics = trained
     capsys.readouterr()
     flags = ["--device", "cpu", "--workers", "0"]
@@ -141,7 +148,10 @@ def test_a_trained_network_can_be_used_from_python(trained):
 
 
 def test_photos_are_drawn_into_the_folder_of_the_run(trained, tmp_path, capsys):
-    """Nothing is overwritten, and a photo that cannot be read does not stop the others."""
+    """No picture is overwritten, and a photo that cannot be read does not stop the others.
+
+    --image cannot be combined with --json.
+    """
     out, _ = trained
     Image.new("RGB", (40, 30), (200, 0, 0)).save(tmp_path / "good.png")
     (tmp_path / "text.png").write_text("not an image")

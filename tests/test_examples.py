@@ -1,4 +1,4 @@
-"""The README's snippets and the examples run as they are."""
+"""Tests that the Python snippets in README.md and the examples in examples/ work."""
 
 import re
 import sys
@@ -25,7 +25,7 @@ def test_snippets_of_the_readme_run(snippet):
 
 
 def test_the_example_of_your_own_backbone_runs(capsys):
-    """The example builds a tree, trains until the loss falls, merges the adapters and predicts."""
+    """The loss falls to less than a tenth, and every task has ten logits per image."""
     from examples.own_backbone import main
     predictions = main()
     assert {name: tuple(x.shape) for name, x in predictions.items()} == {
@@ -36,7 +36,7 @@ def test_the_example_of_your_own_backbone_runs(capsys):
 
 @pytest.fixture
 def registries():
-    """Remove everything that an example registers when the test is over."""
+    """After the test, undo the changes that examples/own_dataset.py makes to the registries."""
     tables = [data.DATASETS, data.CLASSES, recipes.RECIPES, tasks.TASKS]
     before = [dict(table) for table in tables]
     yield
@@ -47,7 +47,7 @@ def registries():
 
 
 def test_the_example_of_your_own_dataset_trains(tmp_path, registries, monkeypatch):
-    """The example learns both tasks from generated photos, and eval.py reads its checkpoint."""
+    """The example learns its two tasks from generated photos, and eval.py reads its checkpoint."""
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     for folder in ("images", "semseg", "moisture"):

@@ -1,4 +1,4 @@
-"""The exercises of docs/LEARN.md: checks our solutions, and yours as soon as they exist."""
+"""Tests of the exercises in learn/: they check our solutions, and yours once they exist."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from tglora import TGLoRALinear
 
 @pytest.fixture(params=["yours", "ours"])
 def answers(request):
-    """The module to check; an exercise that is not done yet is skipped."""
+    """The answers to check, yours or ours. If an exercise is not done yet, its test is skipped."""
     module = {"yours": exercises, "ours": solutions}[request.param]
 
     class Answers:
@@ -29,7 +29,7 @@ def answers(request):
 
 
 def test_1_elementwise_similarity(answers):
-    """The answer equals `elementwise` of similarity.py, and differs from the plain cosine."""
+    """The answer equals gradient_similarity with "elementwise" and differs from the cosine."""
     torch.manual_seed(0)
     g, g_other = torch.randn(1000), torch.randn(1000)
     value = answers.elementwise_similarity(g, g_other)
@@ -38,7 +38,7 @@ def test_1_elementwise_similarity(answers):
 
 
 def test_2_merged_weight(answers):
-    """A plain linear layer with this weight does for the group what the adapted layer does."""
+    """For each group, a linear layer with the merged weight gives the adapted layer's output."""
     torch.manual_seed(0)
     layer = TGLoRALinear(nn.Linear(6, 5), (2, 3), dropout=0.0)
     for B in layer.lora_B:
@@ -51,7 +51,7 @@ def test_2_merged_weight(answers):
 
 
 def test_3_algorithm_1_from_zero(answers):
-    """The answer merges the most similar tasks, or is None if all similarities are negative."""
+    """The answer merges the two most similar tasks, or is None if all similarities are negative."""
     sim = np.array([[1, .5, .1], [.5, 1, .2], [.1, .2, 1]])
     singles = [(0,), (1,), (2,)]
     assert answers.algorithm_1_from_zero(singles, sim, 2) == [(0, 1), (2,)]
@@ -59,7 +59,7 @@ def test_3_algorithm_1_from_zero(answers):
 
 
 def test_4_extreme_trees(answers):
-    """One tree has one group in each of its four stages, the other one group per task."""
+    """All four stages have one group in the first tree, and one group per task in the second."""
     shared, separate = answers.extreme_trees(5)
     for tree, groups in ((shared, 1), (separate, 5)):
         check_tree(tree, 5)
@@ -67,7 +67,7 @@ def test_4_extreme_trees(answers):
 
 
 def test_5_person_task(answers):
-    """The task's label agrees with the person in the class map, and its loss can be computed."""
+    """The label is 1 exactly where the class map shows a person, and the loss can be computed."""
     task, label_of = answers.person_task()
     for i in range(6):
         sample = render_room((0, 0, i), 32, 32)
@@ -78,7 +78,7 @@ def test_5_person_task(answers):
 
 
 def test_6_adapter_for_convolutions(answers):
-    """The layer starts as the frozen convolution, and an adapter acts on its group only."""
+    """A new layer equals the frozen convolution, and an adapter affects only its own group."""
     torch.manual_seed(0)
     conv = nn.Conv2d(3, 8, 3, stride=2, padding=1)
     layer = answers.TGLoRAConv2d(conv, (2, 4))

@@ -1,7 +1,7 @@
-"""The code on CUDA tensors that hold no numbers (torch's FakeTensorMode), on any machine.
+"""Tests on fake CUDA tensors, which hold no numbers (torch's FakeTensorMode) and need no GPU.
 
-An operation that mixes devices is an error there, so these tests find tensors that were left on the
-CPU. Backward passes need a real GPU: see test_gpu.py.
+An operation that mixes devices is an error in this mode, so these tests find tensors that were left
+on the CPU. Backward passes need a real GPU: see test_gpu.py.
 """
 
 import importlib.util
@@ -25,9 +25,9 @@ ALL = "semseg,human_parts,sal,edge,depth,normals"
 
 @pytest.fixture
 def fake(monkeypatch):
-    """Runs the test on fake tensors, without random initial values and without loading weights."""
+    """Run the test on fake tensors, without random initial values and without loading weights."""
     if torch.__version__ < "2.6":
-        pytest.skip("torch 2.4 cannot make fake CUDA tensors without a GPU")
+        pytest.skip("needs torch 2.6 or later to make fake CUDA tensors without a GPU")
     for name in ("trunc_normal_", "normal_", "kaiming_uniform_", "xavier_uniform_"):
         monkeypatch.setattr(nn.init, name, lambda tensor, *args, **kwargs: tensor)
     monkeypatch.setattr(torch.nn.Module, "load_state_dict", lambda self, state: None)
@@ -36,7 +36,7 @@ def fake(monkeypatch):
 
 
 def fake_batch(B=2, size=(40, 48)):
-    """Collated rooms on the CPU, as the loader hands them over."""
+    """A batch of zeros on the CPU, in the form that the loader returns."""
     batch = {"size": torch.tensor([size] * B), "image": torch.zeros(B, 3, *size, dtype=torch.uint8)}
     for task in make_tasks(ALL.split(","), CLASSES["rooms"]):
         if task.kind == "classes":
@@ -59,12 +59,12 @@ NEEDS_EXTRAS = pytest.mark.skipif(not EXTRAS, reason="needs extras/")
     pytest.param("--method bdta", marks=[SLOW, NEEDS_EXTRAS]),
     pytest.param("--backbone pvt_v2_b0", marks=[SLOW, NEEDS_EXTRAS])])
 def test_a_step_leaves_no_tensor_on_the_cpu(fake, flags):
-    """Warp, forward pass and losses of every method and backbone stay on the GPU."""
+    """With each of these flags, the warp, the forward pass and the losses stay on the GPU."""
     config = parse_arguments(["--tasks", ALL, "--weights", "none", *flags.split()])
     config.dropout = config.drop_path = 0.1
     tasks = make_tasks(config.tasks, CLASSES["rooms"])
     tree = build_tree(np.zeros((6, 6)), config.groups)
-    with CUDA:                  # fake weights cannot be moved to the GPU afterwards
+    with CUDA:                  # build on the GPU, because fake weights cannot be moved to it later
         model = build(config, tasks, tree).train()
     drawn = draw_augmentation(2, True, (1.0, 1.5), 20.0)
     image, labels = warp(fake_batch(), (64, 64), CUDA, **drawn)

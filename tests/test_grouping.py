@@ -1,4 +1,4 @@
-"""grouping.py against brute force, on published similarities, and on input it must refuse."""
+"""Tests of grouping.py: searches are compared with simpler ones, and wrong input is an error."""
 
 import json
 from itertools import product
@@ -9,7 +9,8 @@ import pytest
 from grouping import (best_partition, build_tree, check_tree, format_tree, merge_groups, name_tree,
                       parents, partitions, read_tree, routing, score, uneven_tree)
 
-# Gradient cosines on Taskonomy, five tasks: s d n k e.
+# Similarities of five Taskonomy tasks (segmentation, depth, normals, keypoints, edges) from the
+# code of Fifty et al., NeurIPS 2021: cosines summed over training, so they may exceed 1.
 S, D, N, K, E = range(5)
 PUBLISHED = np.zeros((5, 5))
 for (a, b), value in {(S, D): .25957, (S, N): .24237, (S, K): .05406, (S, E): .08864,
@@ -19,7 +20,11 @@ for (a, b), value in {(S, D): .25957, (S, N): .24237, (S, K): .05406, (S, E): .0
 
 
 def random_matrices(count, seed, tasks=(2, 6)):
-    """Pairs of an asymmetric matrix, every third one mostly negative, and a number of groups."""
+    """Yield `count` pairs of a random similarity matrix and a number of groups.
+
+    The matrices are not symmetric, and every third one is mostly negative. tasks: the smallest and
+    the largest number of tasks.
+    """
     rng = np.random.default_rng(seed)
     for i in range(count):
         T = int(rng.integers(tasks[0], tasks[1] + 1))
@@ -28,7 +33,7 @@ def random_matrices(count, seed, tasks=(2, 6)):
 
 
 def direct_score(groups, sim):
-    """Equations 5 and 6, one task at a time."""
+    """The score of a partition (eq. 5 and 6), computed one task at a time."""
     total = 0
     for group in groups:
         for t in group:
@@ -39,7 +44,10 @@ def direct_score(groups, sim):
 
 # --- partitions -----------------------------------------------------------------------------------
 def test_partitions_lists_every_split_once():
-    """The numbers of partitions are the Bell numbers, and each has the documented order."""
+    """Every partition of T tasks is listed once, so the number of partitions is a Bell number.
+
+    The tasks of each group are in ascending order, and the groups are ordered by their first task.
+    """
     for T, bell in enumerate((1, 1, 2, 5, 15, 52, 203)):
         listed = list(partitions(range(T)))
         assert len(listed) == len(set(map(tuple, listed))) == bell
@@ -49,7 +57,7 @@ def test_partitions_lists_every_split_once():
 
 
 def test_the_best_partition_equals_brute_force():
-    """On random matrices, no assignment of tasks to groups has a higher score."""
+    """The result of best_partition scores as high as the best assignment of tasks to groups."""
     for sim, num_groups in random_matrices(60, seed=0):
         T = len(sim)
         scores = []
@@ -63,8 +71,9 @@ def test_the_best_partition_equals_brute_force():
         assert score(partition, sim) == pytest.approx(max(scores))
 
 
-def test_published_similarities_give_the_published_groups():
-    """Two groups score 7.3497 and three groups 7.7593."""
+def test_best_partitions_of_published_similarities():
+    """For the similarities of Fifty et al., the best partition into two groups scores 7.3497, and
+    the best one into three groups scores 7.7593."""
     two, three = best_partition(PUBLISHED, 2), best_partition(PUBLISHED, 3)
     assert two == [(S, D, N), (K, E)] and score(two, PUBLISHED) == pytest.approx(7.3497, abs=5e-5)
     assert three == [(S,), (D, N), (K, E)]
@@ -72,7 +81,8 @@ def test_published_similarities_give_the_published_groups():
 
 
 def test_merging_equals_algorithm_1():
-    """On random matrices, negative ones included, each merge is the best of all pairs."""
+    """merge_groups gives the same result as a plain greedy search, which merges the best pair of
+    groups at each step."""
     for sim, num_groups in random_matrices(60, seed=1):
         groups = {frozenset([t]) for t in range(len(sim))}
         while len(groups) > num_groups:
@@ -88,19 +98,21 @@ def test_merging_equals_algorithm_1():
 
 
 def test_the_first_of_equal_candidates_is_taken():
-    """Both searches keep early tasks together."""
+    """If all candidates tie, best_partition and merge_groups take the first, in which tasks 0 and 1
+    share a group."""
     assert merge_groups([(0,), (1,), (2,)], np.zeros((3, 3)), 2) == [(0, 1), (2,)]
     assert best_partition(np.zeros((3, 3)), 2) == [(0, 1), (2,)]
 
 
 def test_many_tasks_need_another_search():
-    """The exact search refuses eleven tasks and names another search, which build_tree accepts."""
+    """With more than ten tasks, best_partition accepts only one group, or one group per task.
+    build_tree can be given a different search for the last stage."""
     sim = np.random.default_rng(0).normal(size=(25, 25))
     assert len(best_partition(sim[:10, :10], 9)) == 9
     with pytest.raises(ValueError, match="up to 10 tasks, got 11; use extras.budget.near_best"):
         best_partition(sim[:11, :11], 2)
     assert best_partition(sim, 1) == [tuple(range(25))]
-    tree = build_tree(sim, (1, 20, 25))             # the last stage has no choice
+    tree = build_tree(sim, (1, 20, 25))             # the last stage has one group per task
     check_tree(tree, 25)
 
     def search(sim, num_groups):
@@ -110,8 +122,9 @@ def test_many_tasks_need_another_search():
 
 # --- trees ----------------------------------------------------------------------------------------
 def test_a_tree_is_built_from_the_last_stage():
-    """The last stage is the best partition, earlier stages merge, and features follow the tree."""
-    sim = np.zeros((4, 4))                      # its closest pair is not in its best partition
+    """The last stage is the best partition, and earlier stages merge its groups. format_tree,
+    parents and routing give the expected results for such a tree."""
+    sim = np.zeros((4, 4))                      # the best partition splits the most similar pair
     for a, b, value in ((0, 1, 1.0), (0, 2, 0.9), (1, 3, 0.9)):
         sim[a, b] = sim[b, a] = value
     assert build_tree(sim, (1, 2))[-1] == [(0, 2), (1, 3)]
@@ -128,15 +141,16 @@ def test_a_tree_is_built_from_the_last_stage():
 
 
 def test_the_uneven_tree():
-    """The first tasks share a group and every other task has its own."""
+    """In each stage, the first tasks share a group and every other task has its own."""
     tree = uneven_tree(4, (1, 2, 2, 4))
     assert tree == [[(0, 1, 2, 3)], [(0, 1, 2), (3,)], [(0, 1, 2), (3,)], [(0,), (1,), (2,), (3,)]]
     check_tree(tree, 4)
 
 
 # --- errors ---------------------------------------------------------------------------------------
-def test_an_unknown_similarity_is_not_zero():
-    """The error names the two tasks, whichever function is called."""
+def test_an_unknown_similarity_is_refused():
+    """If a similarity is NaN, no tree or partition can be computed, and the error names the two
+    tasks. A matrix that is not square is an error too."""
     sim = np.ones((5, 5))
     sim[1, 4] = np.nan
     singles = [(t,) for t in range(5)]
@@ -166,7 +180,7 @@ def test_bad_trees_and_numbers_of_groups_are_refused():
 
 
 def test_a_tree_is_saved_and_read(tmp_path):
-    """A tree file may list names and groups in any order, and begin with a byte order mark."""
+    """read_tree accepts tasks and groups in any order, extra entries, and a byte order mark."""
     path = tmp_path / "tree.json"
     tree = build_tree(PUBLISHED, (1, 2, 3, 5))
     path.write_text(json.dumps({"tree": name_tree(tree, "sdnke"), "more": 1}), "utf-8-sig")
@@ -177,12 +191,13 @@ def test_a_tree_is_saved_and_read(tmp_path):
 
 @pytest.mark.parametrize("text, message", [
     ("{", "expected {.tree.:"), ("[1]", "expected {.tree.:"), ('{"tree": 5}', "expected {.tree.:"),
-    ('{"tree": [[[["a"]]]]}', "expected {.tree.:"), ("{}", "'tree' is missing"),
-    ('{"tree": [[["a", "c"], ["b"]]]}', "'c' is missing, or is not one of the tasks a, b"),
+    ('{"tree": [[[["a"]]]]}', "expected {.tree.:"), ("{}", "expected {.tree.:"),
+    ('{"tree": [[["a", "c"], ["b"]]]}', "unknown task 'c'; expected the tasks a, b"),
     ('{"tree": [[["a"]]]}', "each of the 2 tasks exactly once"),
     ('{"tree": [[["a"], ["b"]], [["a", "b"]]]}', "not nested")])
 def test_a_bad_tree_file_is_named(tmp_path, text, message):
-    """The error is one line with the file's name and the mistake."""
+    """The error for a wrong or missing tree file is one line that names the file and the mistake.
+    """
     path = tmp_path / "bad.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=f"bad.json: .*{message}") as error:

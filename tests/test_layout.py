@@ -1,4 +1,8 @@
-"""The README promises a core that needs no extras, and files that can be copied."""
+"""Tests of the core's imports.
+
+Importing the core does not import extras/, the files that README.md offers for copying need no
+other file of the repository, no imports are circular, and no Unix-only module is needed.
+"""
 
 import ast
 import subprocess
@@ -14,7 +18,7 @@ COPYABLE = ["tglora", "swin", "weights", "similarity", "grouping", "decoders", "
 
 
 def imports(path, at_import_time=False):
-    """The modules that a file imports. at_import_time leaves out imports inside functions."""
+    """The modules that a file imports. at_import_time: only those of its top-level statements."""
     tree = ast.parse(path.read_text())
     nodes = tree.body if at_import_time else ast.walk(tree)
     names = set()
@@ -28,7 +32,8 @@ def imports(path, at_import_time=False):
 
 @pytest.mark.parametrize("name", CORE)
 def test_the_core_imports_no_extras(name):
-    """A method or backbone from extras/ is only imported in the branch that asks for it."""
+    """Importing a core file does not import extras/. In model.py, some functions import it when
+    they are called; no other core file does that."""
     assert "extras" not in imports(CORE[name], at_import_time=True)
     if name != "model":
         assert "extras" not in imports(CORE[name])
@@ -36,29 +41,32 @@ def test_the_core_imports_no_extras(name):
 
 @pytest.mark.parametrize("name", COPYABLE)
 def test_a_file_that_can_be_copied_imports_nothing_of_ours(name):
-    """These files import packages only, as the README says."""
+    """The files that the README offers for copying import nothing from this repository."""
     assert not imports(CORE[name]) & CORE.keys()
 
 
 def test_imports_never_form_a_circle():
-    """Repeatedly removing the files that import none of the others removes all of them."""
+    """Repeatedly removing the files that import no remaining file leaves no file in the end."""
     left = {name: imports(path) & CORE.keys() for name, path in CORE.items()}
     while left:
         free = [name for name, used in left.items() if not used & left.keys()]
-        assert free, f"a circle among {sorted(left)}"
+        assert free, f"circular imports among {sorted(left)}"
         for name in free:
             del left[name]
 
 
 def test_networks_and_data_know_no_command_line():
-    """These files take settings as arguments or as an object, so none of them imports argparse."""
+    """The copyable files, data.py and nyud_pascal.py do not import argparse.
+
+    They take their settings as arguments or as an object.
+    """
     for name in (*COPYABLE, "data", "nyud_pascal"):
         assert "argparse" not in imports(CORE[name]), name
 
 
 @pytest.mark.slow
 def test_no_unix_only_module_is_needed(tmp_path):
-    """A run and its evaluation work where fcntl and resource do not exist, as on Windows."""
+    """A run and its evaluation work without fcntl and resource, which Windows does not have."""
     code = f"""
 import sys
 sys.modules["fcntl"] = sys.modules["resource"] = None

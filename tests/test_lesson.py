@@ -1,6 +1,7 @@
-"""The program computes the same numbers as lesson.py, which is an independent implementation.
+"""Tests that similarity.py, grouping.py, model.py and train.py agree with lesson.py.
 
-The lesson runs once, cell by cell, and copies of its networks are kept for comparison.
+The lesson implements the method without them. It runs once, cell by cell, and copies of its
+networks are kept for comparison.
 """
 
 import argparse
@@ -24,16 +25,20 @@ SOURCE = (Path(__file__).parent.parent / "lesson.py").read_text()
 
 @pytest.fixture(scope="module")
 def lesson():
-    """All that the lesson defines, and its networks after cell 4, before and after training."""
+    """Run the lesson; yield all names that it defines, and copies of its networks in `copies`.
+
+    The copies are taken after cell 4, and before and after the training in cell 8.
+    """
     title, *cells = SOURCE.split("# %% ")
     names = {"__name__": "lesson"}
     copies = {}
     with pytest.MonkeyPatch.context() as patch:
-        # The lesson computes in float64, so the program must not convert anything to float32.
+        # The lesson computes in float64, but the losses in tasks.py call `Tensor.float`. To compare
+        # results to many digits, `float` must not convert to float32 here.
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)
         for cell in cells:
             if cell.startswith("8."):
-                # Its first lines prepare training; the copy is taken before the first step.
+                # The cell's first lines prepare training; the copy is taken before the first step.
                 before, loop = cell.split('print("\\n8. Training')
                 exec("# " + before, names)
                 copies["start"] = deepcopy((names["backbone"], names["decoders"]))
@@ -48,7 +53,7 @@ def lesson():
 
 
 def our_names(backbone, decoders):
-    """The lesson's weights under the program's names."""
+    """The state dict of a MultiTaskNet with the weights of the lesson's network."""
     state = {}
     for name, value in backbone.state_dict().items():
         name = name.replace(".linear.", ".").replace(".A.", ".lora_A.").replace(".B.", ".lora_B.")
@@ -59,14 +64,14 @@ def our_names(backbone, decoders):
 
 
 def our_network(lesson, tree):
-    """The program's network with this tree and random weights, and its tasks."""
+    """A MultiTaskNet with this tree and random weights, and its tasks."""
     from swin import build_swin
     tasks = make_tasks(lesson.TASKS, 7)
     return MultiTaskNet(build_swin("mini"), tasks, *routing(tree), (6, 12, 24, 48)), tasks
 
 
 def adapted_network(lesson):
-    """The program's network with the lesson's tree and adapters, and its tasks."""
+    """A MultiTaskNet with the lesson's tree and ranks but random weights, and its tasks."""
     model, tasks = our_network(lesson, lesson.tree)
     settings = dict(layers="attn+mlp", rank=lesson.RANK, last_rank=None, groups=(1, 2, 3, 4),
                     dropout=0.0, tasks=lesson.TASKS)
@@ -75,7 +80,8 @@ def adapted_network(lesson):
 
 
 def test_similarity_py_gives_the_similarities_of_the_lesson(lesson):
-    """Eq. 1 to 3 give the same similarities for each image and on average."""
+    """similarity.py and the lesson agree on eq. 1 to 3, both for each image and for the mean over
+    images."""
     model, tasks = our_network(lesson, [[(0, 1, 2, 3)]] * 4)
     model.load_state_dict(our_names(*lesson.copies["decoded"]))
     examples = []
@@ -88,7 +94,7 @@ def test_similarity_py_gives_the_similarities_of_the_lesson(lesson):
 
 
 def test_grouping_py_gives_the_tree_of_the_lesson(lesson):
-    """Eq. 5 and 6, the search for the best partition and Algorithm 1 give the same results."""
+    """grouping.py and the lesson agree on scores (eq. 5, 6), the best two groups and the tree."""
     sim = lesson.similarity.numpy()
     assert build_tree(sim, (1, 2, 3, 4)) == lesson.tree
     ours, theirs = list(partitions(range(4))), list(lesson.partitions((0, 1, 2, 3)))
@@ -100,7 +106,10 @@ def test_grouping_py_gives_the_tree_of_the_lesson(lesson):
 
 
 def test_the_folded_network_predicts_what_each_path_of_the_lesson_does(lesson):
-    """With trained adapters, one folded batch gives the predictions of separate passes (eq. 4)."""
+    """With the lesson's trained weights, MultiTaskNet gives the lesson's predictions (eq. 4).
+
+    MultiTaskNet runs all groups of a stage in one batch; the lesson runs one task at a time.
+    """
     model, _ = adapted_network(lesson)
     model.load_state_dict(our_names(*lesson.copies["trained"]))
     with torch.no_grad():
@@ -110,7 +119,10 @@ def test_the_folded_network_predicts_what_each_path_of_the_lesson_does(lesson):
 
 
 def test_train_py_trains_the_weights_of_the_lesson(lesson):
-    """After ten steps on eq. 8, the losses and every trained weight are the same."""
+    """After ten calls of train_step (eq. 8), the weights and losses equal those of the lesson.
+
+    Biases that BatchNorm cancels are not compared.
+    """
     model, tasks = adapted_network(lesson)
     model.load_state_dict(our_names(*lesson.copies["start"]))
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -124,7 +136,7 @@ def test_train_py_trains_the_weights_of_the_lesson(lesson):
     theirs = our_names(*lesson.copies["trained"])
     for name, value in model.state_dict().items():
         if name.endswith("head.0.bias"):
-            continue            # BatchNorm removes it, so its gradient is nothing but rounding
+            continue            # BatchNorm cancels it, so its gradient is only rounding error
         torch.testing.assert_close(value, theirs[name], rtol=1e-6, atol=1e-7, msg=name)
         if "lora_" in name:
-            assert (value - start[name]).abs().max() > 1e-4     # it was really trained
+            assert (value - start[name]).abs().max() > 1e-4     # training changed it

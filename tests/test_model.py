@@ -1,4 +1,5 @@
-"""model.py: the folded tree equals separate networks, and each method trains its own parameters."""
+"""Tests of model.py: a network with a tree predicts the same as separate networks, and the methods
+tglora, full and decoders train the intended parameters."""
 
 from argparse import Namespace
 from types import SimpleNamespace
@@ -11,13 +12,13 @@ from model import build
 from tglora import TGLoRALinear
 
 TASKS = [SimpleNamespace(name=n, outputs=o) for n, o in (("a", 4), ("b", 1), ("c", 3))]
-# Some stages do not list groups in the order of their tasks, so indices cannot agree by chance.
+# Some stages list their groups in a shuffled order, so that a wrong index is noticed.
 TREE = [[(0, 1, 2)], [(2,), (0, 1)], [(0, 1), (2,)], [(1,), (2,), (0,)]]
 SHARED = [[(0, 1, 2)]] * 4
 
 
 def settings(**changes):
-    """The attributes of a run's settings that a network depends on."""
+    """The settings of a run that `build` reads, with `changes` applied."""
     config = Namespace(seed=0, backbone="mini", weights="none", drop_path=0.0, method="tglora",
                        layers="attn+mlp", rank=9, last_rank=None, dropout=0.0, fused=(3, 4, 5, 6),
                        groups=(1, 2, 2, 3), tasks=["a", "b", "c"])
@@ -36,7 +37,8 @@ def network(tree=TREE, tasks=TASKS, **changes):
 
 # --- the tree -------------------------------------------------------------------------------------
 def test_the_tree_equals_one_network_per_task():
-    """A network of one task, with the adapters on the task's path, predicts the same."""
+    """For each task, a network with only that task and the adapters on its path predicts the same
+    as the network with the tree."""
     model = network()
     x = torch.randn(2, 3, 56, 84)
     with torch.no_grad():
@@ -58,7 +60,8 @@ def test_the_tree_equals_one_network_per_task():
 
 
 def test_a_task_reaches_only_the_adapters_on_its_path():
-    """The loss of task c trains no adapter of a group without c, and no frozen weight."""
+    """A loss on task c's prediction gives gradients to c's decoder and to the adapters of groups
+    that contain c, and to nothing else."""
     model = network()
     model(torch.randn(1, 3, 56, 56))["c"].square().mean().backward()
     for name, p in model.named_parameters():
@@ -72,7 +75,7 @@ def test_a_task_reaches_only_the_adapters_on_its_path():
 
 def test_trees_that_do_not_fit_are_refused():
     """A wrong number of stages, a missing task and groups that merge again are errors."""
-    with pytest.raises(ValueError, match="tree: 3 stages, but the backbone has 4"):
+    with pytest.raises(ValueError, match="the tree has 3 stages, but the backbone has 4"):
         build(settings(method="full"), TASKS, TREE[1:])
     with pytest.raises(ValueError, match="each of the 3 tasks exactly once"):
         build(settings(), TASKS, [[(0, 1)]] * 4)
@@ -83,7 +86,7 @@ def test_trees_that_do_not_fit_are_refused():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 def test_the_network_compiles_without_a_graph_break():
-    """torch.compile turns the network into one graph that gives the same predictions."""
+    """torch.compile turns the network into a single graph with the same predictions."""
     model = network()
     x = torch.randn(2, 3, 56, 84)
     compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
@@ -101,7 +104,8 @@ def test_the_network_compiles_without_a_graph_break():
      ("norm", "patch_embed.", "downsample.", "bias_table")),
     ("full", "attn+mlp", set(), ("",)), ("decoders", "attn+mlp", set(), ())])
 def test_only_intended_parameters_are_trained(method, layers, adapted, others):
-    """Only decoders, adapters of --layers, and parameters named in `others` are trained."""
+    """Only the layers `adapted` get adapters. Only the decoders, the adapters and the parameters
+    whose names contain one of `others` are trained."""
     model = network(SHARED, method=method, layers=layers)
     wrapped = set()
     for name, module in model.backbone.named_modules():
@@ -115,7 +119,7 @@ def test_only_intended_parameters_are_trained(method, layers, adapted, others):
 
 
 def test_the_same_seed_gives_the_same_network():
-    """Two networks with the same seed are equal, and another seed gives other weights."""
+    """Two networks with the same seed are equal, and a different seed gives different weights."""
     networks = [build(settings(seed=seed), TASKS, TREE) for seed in (3, 3, 4)]
     first, same, other = (model.state_dict() for model in networks)
     assert all(torch.equal(first[name], same[name]) for name in first)
@@ -123,7 +127,7 @@ def test_the_same_seed_gives_the_same_network():
 
 
 def test_pretrained_weights_are_loaded_into_their_backbone(capsys):
-    """rooms_mini.pth fits the mini backbone, and the error for another backbone says so."""
+    """rooms_mini.pth is loaded into mini. For tiny, an error says that the file only fits mini."""
     random, loaded = (build(settings(weights=w, method="full"), TASKS, SHARED).backbone.state_dict()
                       for w in ("none", "rooms_mini.pth"))
     assert "117 of 117 tensors" in capsys.readouterr().out

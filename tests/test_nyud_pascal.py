@@ -1,4 +1,7 @@
-"""nyud_pascal.py: rooms written as a dataset are read back unchanged; faulty files are named."""
+"""Tests of nyud_pascal.py: labels are read as they were written, and errors name the bad file.
+
+Archives are downloaded and unpacked either completely or not at all.
+"""
 
 import errno
 import io
@@ -30,7 +33,7 @@ def image_of(path, pixels, **options):
 
 # --- samples --------------------------------------------------------------------------------------
 def samples_and_rooms(name, folder, rooms, tasks):
-    """Each sample of both splits, with its room and the labels that its files lack."""
+    """Yield each sample, the room that it was written from, and the names of its missing labels."""
     for split in ("train", "val"):
         dataset = Files(name, folder, split, tasks)
         assert dataset.ids == [id for id in rooms if rooms[id][0] == split]
@@ -40,8 +43,9 @@ def samples_and_rooms(name, folder, rooms, tasks):
 
 
 def test_nyud_samples_are_the_rooms_they_were_written_from(nyud_folder):
-    """Void and missing labels are marked as invalid; all other values come back exactly."""
-    numbers = np.array([1, 21, 0, 28, 39, 37, 30])      # floor, ceiling, wall ... as NYUD's classes
+    """NYUD labels come back as written. Void pixels and missing labels are marked as invalid."""
+    # NYUD's class for each class of a room: floor, ceiling, wall ...
+    numbers = np.array([1, 21, 0, 28, 39, 37, 30])
     names = [SEMSEG["nyud"][n] for n in numbers]
     assert names == ["floor", "ceiling", "wall", "box", "other prop", "other structure", "person"]
     for sample, truth, missing in samples_and_rooms("nyud", nyud_folder, NYUD_ROOMS, NYUD):
@@ -49,7 +53,7 @@ def test_nyud_samples_are_the_rooms_they_were_written_from(nyud_folder):
         size = truth["semseg"].shape
         assert sample["image"].shape == (3, *size) and sample["image"].dtype == torch.uint8
         error = sample["image"].permute(1, 2, 0).numpy() - truth["image"].astype(float)
-        assert abs(error).mean() < 5                                # a JPEG
+        assert abs(error).mean() < 5                                # JPEG is lossy
         expected = {"semseg": numbers[truth["semseg"]], "depth": truth["depth"][None],
                     "normals": truth["normals"].transpose(2, 0, 1), "edge": truth["edge"]}
         expected["semseg"][:2] = 255
@@ -62,7 +66,10 @@ def test_nyud_samples_are_the_rooms_they_were_written_from(nyud_folder):
 
 
 def test_pascal_samples_are_the_rooms_they_were_written_from(pascal_folder):
-    """Body parts come only from people, and normals are valid only where NYUD has the class."""
+    """PASCAL labels come back as written. Body parts of animals count as background.
+
+    Normals are valid only at pixels whose PASCAL-Context class also exists in NYUD.
+    """
     numbers = np.array([0, 0, 0, 9, 20, 5, 15])
     names = [SEMSEG["pascal"][n] for n in numbers[3:]]
     assert names == ["chair", "tv monitor", "bottle", "person"]
@@ -81,10 +88,13 @@ def test_pascal_samples_are_the_rooms_they_were_written_from(pascal_folder):
 
 
 def test_the_second_version_of_nyud_gives_the_same_samples(nyud_folder):
-    """NYUDv2.tar.gz holds .png files, which have 8 bits; pixels without a normal stay invalid."""
+    """With .png files as in NYUDv2.tar.gz, a sample is the same as with the files of NYUD_MT.tgz.
+
+    Only the normals differ, by less than 0.01, because a .png stores them in 8 bits.
+    """
     before = Files("nyud", nyud_folder, "train", NYUD)[0]
     normals = np.load(nyud_folder / "normals/433.npy")
-    normals[:5] = 0                                     # becomes grey
+    normals[:5] = 0                                     # grey in the .png, which means invalid
     image_of(nyud_folder / "normals/433.png", ((normals + 1) * 127.5).round().astype(np.uint8))
     edges = np.load(nyud_folder / "edge/433.npy")
     image_of(nyud_folder / "edge/433.png", (edges * 255).astype(np.uint8))
@@ -98,8 +108,11 @@ def test_the_second_version_of_nyud_gives_the_same_samples(nyud_folder):
     assert (after["normals"] - before["normals"])[:, 5:].abs().max() < 0.01
 
 
-def test_the_published_classes_have_their_numbers():
-    """There are 40 and 21 classes, six body parts, and 170 context classes that NYUD has too."""
+def test_classes_and_body_parts_are_those_published():
+    """There are 40 classes for NYUD, 21 for PASCAL, and six body parts.
+
+    170 classes of PASCAL-Context also exist in NYUD (NYU_CLASSES).
+    """
     assert len(set(SEMSEG["nyud"])) == 40 and len(set(SEMSEG["pascal"])) == 21
     parts = [" ".join(sorted(name for name in PARTS if PARTS[name] == n)) for n in range(1, 7)]
     assert parts == ["hair head lear lebrow leye mouth nose rear rebrow reye", "neck torso",
@@ -110,7 +123,7 @@ def test_the_published_classes_have_their_numbers():
 
 
 def test_real_nyud_is_read_as_published(real_nyud_archive):
-    """Samples of three sizes equal the files as Pillow and numpy read them."""
+    """Images have their published sizes, and the labels of one sample match its files."""
     root = find_dataset("nyud", real_nyud_archive)
     train, val = (Files("nyud", root, split, NYUD) for split in ("train", "val"))
     assert [sample["image"].shape[1:] for sample in (*train, *val)] == [
@@ -124,7 +137,11 @@ def test_real_nyud_is_read_as_published(real_nyud_archive):
 
 
 def test_real_pascal_is_read_as_published(real_pascal_archive):
-    """Semseg comes from both of its folders, and body parts are those of the annotation."""
+    """Semseg labels are read from two folders, and body parts equal the masks in the annotation.
+
+    In one image, normals are valid on PASCAL-Context class 158, which is also in NYUD, and invalid
+    on class 207, which is not.
+    """
     loadmat = pytest.importorskip("scipy.io").loadmat
     root = find_dataset("pascal", real_pascal_archive)
     rider, cow, dogs = Files("pascal", root, "train", PASCAL)
@@ -172,7 +189,7 @@ def other_size(path):
      r"433.png holds class 41, expected 0 \(void\) to 40"),
     ("gt_sets/train.txt", Path.unlink, "no file .*gt_sets/train.txt; expected a text file"),
     ("gt_sets/train.txt", lambda path: path.write_text("433\n834\n433\n"),
-     "train.txt: lists 433 2 times, expected each image once"),
+     "train.txt: lists image '433' 2 times; each image must be listed once"),
     ("semseg/VOC12/2008_000008.png", lambda path: image_of(path, 21 * ONES),
      "2008_000008.png holds class 21, expected 0 to 20 or 255"),
     ("human_parts/2008_000008.mat", cut_short,
@@ -183,7 +200,7 @@ def other_size(path):
      r"its LabelMap has shape \(43, 50\), expected \(44, 50\) as .*normals_distill/2008_000008"),
 ])
 def test_wrong_files_are_named(nyud_folder, pascal_folder, name, damage, message):
-    """The error is one line with the file, the mistake and the right form."""
+    """The error is one line that names the file, the mistake and what was expected."""
     dataset, root, tasks = "nyud", nyud_folder, NYUD
     if not (root / name).exists():
         dataset, root, tasks = "pascal", pascal_folder, PASCAL
@@ -194,7 +211,7 @@ def test_wrong_files_are_named(nyud_folder, pascal_folder, name, damage, message
 
 
 def test_an_unknown_task_and_a_missing_file_are_named_at_once(nyud_folder):
-    """The error comes before training starts, not in the middle of the first epoch."""
+    """An unknown task or a missing file raises an error as soon as the dataset is opened."""
     with pytest.raises(ValueError, match="nyud has no labels for sal; it has semseg, depth, norm"):
         Files("nyud", nyud_folder, "train", ["sal"])
     (nyud_folder / "edge/basement_0000.npy").unlink()
@@ -205,7 +222,7 @@ def test_an_unknown_task_and_a_missing_file_are_named_at_once(nyud_folder):
 
 # --- parsed MATLAB files --------------------------------------------------------------------------
 def test_matlab_files_are_parsed_once_and_again_when_they_change(pascal_folder, monkeypatch):
-    """The result is kept as a .png whose name holds the checksum of the .mat file."""
+    """`read_parts` keeps its result as a .png, and parses a .mat file again only after a change."""
     path = pascal_folder / "human_parts/2008_000008.mat"
     parts, nobody = read_parts(path), read_parts(path.with_name("2008_000009.mat"))
     assert nobody is None and parts.max() == 6
@@ -220,7 +237,7 @@ def test_matlab_files_are_parsed_once_and_again_when_they_change(pascal_folder, 
 
 
 def test_a_folder_that_cannot_be_written_to_is_only_slower(pascal_folder):
-    """The label is read even if a file stands where the folder of parsed files should be."""
+    """`read_parts` returns the label even if the folder of parsed files cannot be created."""
     (pascal_folder / "parsed_human_parts").write_text("")
     parts = read_parts(pascal_folder / "human_parts/2008_000008.mat")
     np.testing.assert_array_equal(parts, room(6, (44, 50))["human_parts"])
@@ -228,7 +245,10 @@ def test_a_folder_that_cannot_be_written_to_is_only_slower(pascal_folder):
 
 # --- single files ---------------------------------------------------------------------------------
 def test_depth_that_was_not_measured_is_zero(tmp_path):
-    """NaN, infinity and negative depths become 0, and the last axis of the file is optional."""
+    """NaN, infinite and negative depths become 0. The channel axis of the file is optional.
+
+    A file with a median depth above 80 m is refused.
+    """
     depth = np.array([[1.5, np.nan, np.inf], [-1, 0, 80]], np.float32)
     for array in (depth, depth[..., None]):
         np.save(tmp_path / "a.npy", array)
@@ -240,23 +260,26 @@ def test_depth_that_was_not_measured_is_zero(tmp_path):
 
 @pytest.mark.parametrize("invalid, refused", [(0.45, 0.89), (1.55, 1.11)])
 def test_normals_of_another_length(tmp_path, invalid, refused):
-    """One normal in ten may have a wrong length; it is invalid if the length is far from 1."""
+    """A file is refused if over 10 % of its nonzero normals are shorter than 0.9 or over 1.1 long.
+
+    A normal shorter than 0.5 or longer than 1.5 becomes invalid. All others are normalised.
+    """
     path = tmp_path / "a.npy"
     normals = np.zeros((10, 8, 3), np.float32)
-    normals[1:, :, 2] = 1.09                    # close enough: it is normalised
-    normals[1, :7, 2] = invalid                 # 7 of 72
+    normals[1:, :, 2] = 1.09                    # off by less than 0.1
+    normals[1, :7, 2] = invalid                 # 7 of 72, less than 10 %
     np.save(path, normals)
     result = read_normals(path)
     assert not result[0].any() and not result[1, :7].any()
     np.testing.assert_allclose(result[2:], np.broadcast_to([0, 0, 1], (8, 8, 3)), atol=1e-6)
-    normals[1, :, 2] = refused                  # 8 of 72
+    normals[1, :, 2] = refused                  # 8 of 72, more than 10 %
     np.save(path, normals)
     with pytest.raises(ValueError, match="a.npy has normals of median length 1.09, expected 1"):
         read_normals(path)
 
 
 def test_black_and_grey_pixels_of_a_png_are_no_normals(tmp_path):
-    """Black and the two middle greys are invalid; other colours are decoded and normalised."""
+    """In a .png, black and the two middle greys are invalid. Others become unit vectors here."""
     pixels = np.zeros((5, 8, 3), np.uint8)
     pixels[1], pixels[2], pixels[3:] = 127, 128, (204, 128, 26)
     normals = read_normals(image_of(tmp_path / "a.png", pixels))
@@ -267,7 +290,10 @@ def test_black_and_grey_pixels_of_a_png_are_no_normals(tmp_path):
 
 
 def test_masks_may_be_stored_with_any_white(tmp_path):
-    """White may be 1 or 255, and of several greys, those above one half count as white."""
+    """A mask may store white as 1 or 255. If it has several greys, those above 127 become 1.
+
+    In a .npy file of edges, numbers above 0.5 are edges.
+    """
     path, truth = tmp_path / "a.png", np.eye(8, dtype=np.uint8)
     for white in (1, 255):
         image_of(path, truth * white)
@@ -282,7 +308,7 @@ def test_masks_may_be_stored_with_any_white(tmp_path):
     (np.full((2, 2), 1500, np.uint16), "a.npy: holds uint16, expected floats; if these are milli"),
     (np.array([[None]]), "a.npy: Object arrays cannot be loaded when allow_pickle=False")])
 def test_integers_and_pickled_objects_are_refused(tmp_path, array, message):
-    """Integers are probably millimetres, and a pickle could run code."""
+    """`read_array` refuses integers, which may be millimetres, and pickles, which may run code."""
     np.save(tmp_path / "a.npy", array)
     with pytest.raises(ValueError, match=message):
         read_array(tmp_path / "a.npy")
@@ -300,7 +326,7 @@ RAMP = np.linspace(0, 1, 64).reshape(8, 8)
      np.where(RAMP > 0.5, 255, RAMP / RAMP[RAMP <= 0.5].max() * 255)),
     ("a.tiff", np.full((8, 8), 0.5, np.float32), np.zeros((8, 8)))])
 def test_deep_greys_are_scaled_to_8_bits(tmp_path, name, stored, expected):
-    """16-bit greys are scaled by their range, 32-bit ones from smallest to largest value."""
+    """16-bit greys are divided by 256; 32-bit greys are stretched to the range from 0 to 255."""
     image_of(tmp_path / name, stored)
     for read in (read_photo, read_image):
         pixels = read(tmp_path / name)      # Pillow itself would clip at 255
@@ -309,9 +335,12 @@ def test_deep_greys_are_scaled_to_8_bits(tmp_path, name, stored, expected):
 
 
 def test_photos_are_turned_upright_and_shrunk(tmp_path):
-    """A photo follows EXIF and shrinks to 2048 pixels; a dataset's image does neither."""
+    """`read_photo` turns a photo upright (EXIF) and shrinks it to at most 2048 pixels per side.
+
+    `read_image`, which reads images of a dataset, does neither.
+    """
     exif, pixels = Image.Exif(), np.zeros((8, 12, 3), np.uint8)
-    exif[0x0112] = 6                    # the camera was held upright: turn by 90 degrees
+    exif[0x0112] = 6                    # orientation 6: turn clockwise by 90 degrees to view
     pixels[:, :6] = 200                 # bright on the left as stored, at the top as seen
     path = image_of(tmp_path / "a.png", pixels, exif=exif)
     assert read_photo(path).tolist() == pixels.transpose(1, 0, 2).tolist()
@@ -325,7 +354,10 @@ LISTS = ("NYUD_MT/gt_sets/train.txt", "NYUD_MT/gt_sets/val.txt")
 
 
 def make_archive(folder, *members):
-    """NYUD_MT.tgz in `folder`. A member is the name of a small file, or a tuple (name, type)."""
+    """Write `folder`/NYUD_MT.tgz and return its path.
+
+    members: each is the name of a small file, or (name, type) for a link.
+    """
     path = folder / "NYUD_MT.tgz"
     with tarfile.open(path, "w:gz") as tar:
         for member in members:
@@ -341,7 +373,10 @@ def make_archive(folder, *members):
 
 def test_a_dataset_is_its_folder_one_around_it_or_an_archive(nyud_archive, pascal_archive, tmp_path,
                                                              monkeypatch):
-    """All of these find the same folder, and a folder is preferred to an archive."""
+    """find_dataset accepts the dataset's folder, its archive, and a folder that holds either.
+
+    It prefers a folder to an archive, and refuses to choose between several folders.
+    """
     pascal = pascal_archive.parent
     assert find_dataset("pascal", pascal) == pascal / "PASCAL_MT.tgz.unpacked/PASCAL_MT"
     archive = shutil.copy2(nyud_archive, tmp_path)
@@ -351,7 +386,7 @@ def test_a_dataset_is_its_folder_one_around_it_or_an_archive(nyud_archive, pasca
     assert sorted(os.listdir(tmp_path)) == ["NYUD_MT.tgz", "NYUD_MT.tgz.unpacked"]
     monkeypatch.chdir(root)
     assert find_dataset("nyud", ".") == Path(".")
-    Path(archive).unlink()              # to save space
+    Path(archive).unlink()              # a user may delete it to save space
     assert find_dataset("nyud", tmp_path) == root
     shutil.copytree(root, tmp_path / "NYUD_MT")
     with pytest.raises(ValueError, match="holds several copies .*/NYUD_MT, .*with --data-root"):
@@ -362,7 +397,7 @@ def test_a_dataset_is_its_folder_one_around_it_or_an_archive(nyud_archive, pasca
 
 
 def test_a_missing_dataset_is_an_error_that_says_where_to_get_it(tmp_path):
-    """A folder that does not exist and a folder without a dataset both give such an error."""
+    """The error says where to get the dataset if the folder does not exist or holds no dataset."""
     with pytest.raises(ValueError, match="nowhere does not exist.*NYUD_MT.tgz or NYUDv2.tar.gz.*"
                                          "--download.*https://github.com"):
         find_dataset("nyud", tmp_path / "nowhere")
@@ -371,7 +406,10 @@ def test_a_missing_dataset_is_an_error_that_says_where_to_get_it(tmp_path):
 
 
 def test_a_replaced_archive_is_noticed(tmp_path):
-    """A new size or time is noticed however the dataset is named; the error says what to do."""
+    """It is an error if an archive's size or modification time has changed since it was unpacked.
+
+    find_dataset checks this for the archive, the unpacked folder, and a folder that holds both.
+    """
     archive = make_archive(tmp_path, *LISTS)
     before = archive.stat()
     root = find_dataset("nyud", archive)
@@ -389,7 +427,7 @@ def test_a_replaced_archive_is_noticed(tmp_path):
     assert find_dataset("nyud", tmp_path) == root
 
 
-REFUSED = "refused, because '.*' in it is not a plain file"
+REFUSED = "contains '.*', which is not a plain file"
 DAMAGED = "is damaged, or is not an archive of nyud; fetch it again"
 
 
@@ -401,9 +439,12 @@ DAMAGED = "is damaged, or is not an archive of nyud; fetch it again"
     (LISTS[:1], None, "holds no gt_sets/val.txt, so it is not an archive of nyud; see https://"),
     (LISTS[1:], None, "holds no gt_sets/train.txt"),
     (LISTS, -40, DAMAGED),
-    (LISTS, -1, DAMAGED)])              # the last byte belongs to gzip's checksum
+    (LISTS, -1, DAMAGED)])              # only the last byte of gzip's trailer is missing
 def test_a_wrong_archive_is_refused_before_anything_is_written(tmp_path, members, size, message):
-    """Only whole archives of plain files and folders with both lists of images are unpacked."""
+    """An archive is unpacked only if it is complete and has both lists of images.
+
+    All its members must be plain files or folders, and must stay inside the dataset's folder.
+    """
     archive = make_archive(tmp_path, *members)
     archive.write_bytes(archive.read_bytes()[:size])
     with pytest.raises(ValueError, match=f"NYUD_MT.tgz.* {message}"):
@@ -412,7 +453,7 @@ def test_a_wrong_archive_is_refused_before_anything_is_written(tmp_path, members
 
 
 def test_a_full_disk_is_not_the_archives_fault(tmp_path, monkeypatch):
-    """The error names the full disk, and the unfinished folder is removed."""
+    """If the disk is full, the error says so, and the unfinished folder is removed."""
     def extract(self, member, *args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     archive = make_archive(tmp_path, *LISTS)
@@ -423,7 +464,7 @@ def test_a_full_disk_is_not_the_archives_fault(tmp_path, monkeypatch):
 
 
 def test_an_unfinished_folder_is_removed_by_the_next_start(tmp_path, monkeypatch):
-    """The folder of a process that was killed while unpacking is never taken for the dataset."""
+    """A .partial folder that a killed process left behind is removed, and unpacking starts over."""
     archive = make_archive(tmp_path, *LISTS)
     partial = tmp_path / "NYUD_MT.tgz.partial"
     (partial / "NYUD_MT/gt_sets").mkdir(parents=True)
@@ -437,19 +478,22 @@ def test_an_unfinished_folder_is_removed_by_the_next_start(tmp_path, monkeypatch
 
 
 def test_a_second_process_waits_for_the_one_that_unpacks(tmp_path, monkeypatch):
-    """As under torchrun, the first process unpacks while the second one sleeps."""
+    """`unpack` waits while another process unpacks the archive. It returns the finished folder."""
     archive = make_archive(tmp_path, *LISTS)
     partial, folder = tmp_path / "NYUD_MT.tgz.partial", tmp_path / "NYUD_MT.tgz.unpacked"
     (partial / "NYUD_MT/gt_sets").mkdir(parents=True)
     os.utime(partial, (0, time.time() - 50))
     monkeypatch.setattr(time, "sleep", lambda _: partial.rename(folder))
     assert unpack("nyud", archive) == folder
-    assert not (folder / LISTS[0]).exists()         # the first process made it
+    assert not (folder / LISTS[0]).exists()         # `unpack` has not written into it
     assert sorted(os.listdir(tmp_path)) == [archive.name, folder.name]
 
 
 def test_unpacking_shows_that_it_is_still_running(tmp_path, monkeypatch):
-    """The folder's time is set after each file, so long unpacking does not look abandoned."""
+    """After each file, `unpack` updates the modification time of the .partial folder.
+
+    Another process therefore does not take the folder for one that was left behind.
+    """
     archive, touched = make_archive(tmp_path, *LISTS), []
     monkeypatch.setattr(nyud_pascal.os, "utime", lambda path, *args: touched.append(Path(path)))
     unpack("nyud", archive)
@@ -458,7 +502,10 @@ def test_unpacking_shows_that_it_is_still_running(tmp_path, monkeypatch):
 
 # --- downloads ------------------------------------------------------------------------------------
 def test_an_archive_is_downloaded_only_on_request(server, nyud_archive, tmp_path, monkeypatch):
-    """The archive goes to --data-root; a killed download's partial file is not taken for it."""
+    """Nothing is downloaded without --download. With it, the archive is saved in --data-root.
+
+    A .part file that a killed download left there does not matter.
+    """
     folder, address = server
     shutil.copy(nyud_archive, folder)
     monkeypatch.setitem(nyud_pascal.ADDRESSES, "nyud", f"{address}/NYUD_MT.tgz")
@@ -474,7 +521,10 @@ def test_an_archive_is_downloaded_only_on_request(server, nyud_archive, tmp_path
 
 
 def test_a_failed_download_says_where_else_to_look(server, tmp_path, monkeypatch):
-    """A missing address and a web page in place of the archive leave no file behind."""
+    """A dead address is an error that says where else to look.
+
+    A web page in place of the archive is an error too. Neither leaves a file behind.
+    """
     folder, address = server
     url = f"{address}/NYUD_MT.tgz"
     monkeypatch.setitem(nyud_pascal.ADDRESSES, "nyud", url)
@@ -485,4 +535,4 @@ def test_a_failed_download_says_where_else_to_look(server, tmp_path, monkeypatch
     (folder / "NYUD_MT.tgz").write_text("<html>This service has moved.</html>")
     with pytest.raises(ValueError, match="NYUD_MT.tgz is damaged, or is not an archive of nyud"):
         find_dataset("nyud", data, download=True)
-    assert os.listdir(data) == []       # so that the next try does not find it
+    assert os.listdir(data) == []       # otherwise the next try would find the web page

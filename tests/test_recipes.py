@@ -1,4 +1,7 @@
-"""The recipes have the papers' numbers, and every flag reaches the code that it is meant for."""
+"""Tests of recipes.py: recipes match the papers, and flags reach the code that they are for.
+
+Wrong values are usage errors.
+"""
 
 import inspect
 import math
@@ -21,7 +24,8 @@ from recipes import BDTA, RECIPES, TABLE, paper_groups, parse_arguments
 from tasks import make_tasks
 from tglora import TGLoRALinear
 
-# arXiv 2509.19602, sections 4.1, 4.3 and 7; drop path and clip are those of MTLoRA's code.
+# Most of these values are from arXiv 2509.19602, sections 4.1, 4.3 and 7. Drop path and clip are
+# from MTLoRA's code.
 BOTH = dict(
     method="tglora", layers="attn+mlp", backbone="tiny", weights="imagenet", size=(448, 448),
     epochs=300, eval_every=20, warmup=20 / 300, weight_decay=0.05, accumulate=1, dropout=0.05,
@@ -41,7 +45,7 @@ def modules(model, cls):
 
 
 def network(*flags):
-    """The network of these flags on the meta device, which costs no time."""
+    """Build the network for these flags on the meta device, which takes almost no time."""
     config = parse_arguments([*flags, "--weights", "none"])
     tasks = make_tasks(config.tasks, CLASSES[config.dataset])
     tree = build_tree(np.zeros((len(tasks), len(tasks))), config.groups)
@@ -52,14 +56,18 @@ def network(*flags):
 # --- the papers -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("dataset", ["nyud", "pascal"])
 def test_recipe_matches_the_paper(dataset):
-    """Settings are those of section 7, and our defaults where the paper does not say."""
+    """The recipe of a dataset has the values in BOTH and EACH."""
     config = vars(parse_arguments(["--dataset", dataset]))
     for name, value in {**BOTH, **EACH[dataset]}.items():
         assert config[name] == value, name
 
 
 def test_bdta_recipe_matches_its_paper():
-    """Section 4.1 of BDTA's paper sets these values, except on rooms."""
+    """With --method bdta, batch size, learning rate and weight decay are those of BDTA's paper.
+
+    Warm-up, dropout and drop path, which section 4.1 of that paper does not mention, are 0. On
+    rooms, the recipe of rooms is kept.
+    """
     config = parse_arguments(["--dataset", "pascal", "--method", "bdta"])
     assert (config.batch_size, config.lr, config.weight_decay, config.warmup) == (8, 4e-4, 1e-4, 0)
     assert config.drop_path == config.dropout == 0
@@ -83,19 +91,22 @@ def test_network_matches_the_paper(dataset):
 @pytest.mark.parametrize("T, groups", [
     (1, (1, 1, 1, 1)), (2, (1, 1, 1, 2)), (3, (1, 1, 2, 3)), (4, (1, 2, 3, 4)), (5, (1, 3, 4, 5))])
 def test_numbers_of_groups_match_section_4_4(T, groups):
-    """The last stage has one group per task, earlier ones one fewer each, and the first has one."""
+    """For T tasks, the four stages have 1, T - 2, T - 1 and T groups, but at least one each."""
     assert paper_groups(T) == groups
 
 
 def test_groups_follow_from_the_number_of_tasks():
-    """The default is the paper's tree for this many tasks; only TGLoRA has one."""
+    """The default of --groups depends on the number of tasks.
+
+    With --method full, which has no adapters, every stage has one group.
+    """
     assert parse_arguments([]).groups == (1, 2, 3, 4)
     assert parse_arguments(["--tasks", "depth,sal,edge"]).groups == (1, 1, 2, 3)
     assert parse_arguments(["--method", "full"]).groups == (1, 1, 1, 1)
 
 
 # --- every flag arrives ---------------------------------------------------------------------------
-# For each flag, a value that no recipe uses.
+# Values that differ from the defaults for rooms, except that cpu is the default without a GPU.
 FLAGS = {"train-rooms": "7", "val-rooms": "1", "room-seed": "6", "tasks": "normals,depth,semseg",
          "size": "32x40",
          "workers": "3", "no-cache": None, "no-flip": None, "scales": "1.5,1.7", "rotate": "30",
@@ -105,20 +116,26 @@ FLAGS = {"train-rooms": "7", "val-rooms": "1", "room-seed": "6", "tasks": "norma
          "epochs": "3", "batch-size": "2", "accumulate": "2", "lr": "0.03", "warmup": "0.5",
          "weight-decay": "0.4", "clip": "0.7", "device": "cpu", "amp": "bf16", "compile": None,
          "eval-every": "2", "log-every": "5"}
-ELSEWHERE = {"dataset", "method", "out", "resume", "baseline", "tree", "tree_only",  # test_train.py
+# The other flags, with the files that test them.
+ELSEWHERE = {"dataset",                                              # test_train.py
+             "method",                                               # extras/test_methods.py
+             "out", "resume", "baseline", "tree", "tree_only",       # test_train.py
              "seed",                                                 # test_reference_run.py
-             "backbone", "data_root", "download"}                    # below
+             "backbone", "data_root", "download"}                    # this file, below
 
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
-    """A run with all of FLAGS that computes no steps, and records the important calls instead."""
+    """Run train.py with FLAGS, without updating any weights, and record the important calls."""
     seen = SimpleNamespace(train_step=[], loader=[], draw_augmentation=[], gradient_similarity=[],
                            evaluate=[], load_weights=[], head_rates=[], compiled=[],
                            out=tmp_path_factory.mktemp("run") / "run")
 
     def spy(patch, where, name, replacement=None):
-        """Record the arguments of every call, then call the original or its replacement."""
+        """Patch `where.name` so that `seen` records the arguments of every call.
+
+        The call is then passed on to `replacement` if it is given, otherwise to the original.
+        """
         real = getattr(where, name)
         signature = inspect.signature(real)
 
@@ -155,28 +172,28 @@ def seen(tmp_path_factory):
 
 
 def test_no_flag_is_forgotten():
-    """Each flag is in the run above or is tested elsewhere."""
+    """Each flag is in FLAGS or in ELSEWHERE, but not in both."""
     here = {name.removeprefix("no-").replace("-", "_") for name in FLAGS}
     assert vars(parse_arguments([])).keys() == here | ELSEWHERE
     assert not here & ELSEWHERE
 
 
 def test_flags_of_data_and_augmentation_arrive(seen):
-    """Rooms, tasks, size, workers, cache, flip, scales and rotate reach the loader and the warp."""
+    """The data and augmentation flags reach the loader, the augmentation and the evaluation."""
     assert {len(call.dataset) for call in seen.loader} == {7, 1}
     assert {call.workers for call in seen.loader} == {3}
-    assert {type(call.dataset) for call in seen.loader} == {Checked}    # not in memory
+    assert {type(call.dataset) for call in seen.loader} == {Checked}    # not InMemory
     for call in seen.train_step:
         assert [task.name for task in call.tasks] == ["normals", "depth", "semseg"]
         assert call.image.shape == (2, 3, 32, 40)
     assert {call.size for call in seen.evaluate} == {(32, 40)}
-    assert len(seen.draw_augmentation) == len(seen.train_step)          # nothing else is augmented
+    assert len(seen.draw_augmentation) == len(seen.train_step)          # one call per step
     for call in seen.draw_augmentation:
         assert (call.B, call.flip, call.scales, call.rotate) == (2, False, (1.5, 1.7), 30)
 
 
 def test_flags_of_the_network_arrive(seen):
-    """Weights, ranks, layers, dropout, drop path, fused and compile reach the network."""
+    """The network flags and --compile reach the network."""
     model = seen.train_step[0].model
     assert {call.source for call in seen.load_weights} == {"mine.pth"}
     assert seen.compiled == [model]
@@ -193,17 +210,17 @@ def test_flags_of_the_network_arrive(seen):
 
 
 def test_flags_of_similarity_and_tree_arrive(seen):
-    """Groups, sim-images, head-epochs, head-lr and normalize reach the similarity and the tree."""
+    """--groups reaches the network, and the similarity flags reach the similarity measurement."""
     backbone = seen.train_step[0].model.backbone
     groups = [len(modules(stage, TGLoRALinear)[0].ranks) for stage in backbone.layers]
     assert groups == [1, 2, 2, 3]
     assert seen.head_rates == pytest.approx([0.123, 0.082, 0.041])      # 3 epochs of one batch
     compared = [call.normalize for call in seen.gradient_similarity]
-    assert compared == ["elementwise"] * (2 * 3)                        # two images, three pairs
+    assert compared == ["elementwise"] * (2 * 3)            # two images, three pairs of tasks
 
 
 def test_flags_of_optimisation_arrive(seen):
-    """Flags of batches, learning rate, decay, clipping, device and precision reach each step."""
+    """The optimisation flags reach every training step, and so do --device and --amp."""
     assert len(seen.train_step) == 3 * (7 // 2)
     for i, call in enumerate(seen.train_step):
         rate = 0.03 * (i + 1) / 5.5
@@ -216,7 +233,10 @@ def test_flags_of_optimisation_arrive(seen):
 
 
 def test_flags_of_the_run_arrive(seen):
-    """A run evaluates every 2 epochs and at the end; it logs every 5 steps and after each epoch."""
+    """With --eval-every 2, a run of three epochs is evaluated twice: after epochs 2 and 3.
+
+    With --log-every 5, it logs step 5 and the last step of each epoch: 3, 6 and 9.
+    """
     lines = (seen.out / "log.jsonl").read_text().splitlines()
     steps = [line.split(",")[0] for line in lines if '"lr"' in line]
     assert steps == [f'{{"step": {n}' for n in (3, 5, 6, 9)]
@@ -226,7 +246,7 @@ def test_flags_of_the_run_arrive(seen):
 @pytest.mark.parametrize("name, blocks, channels", [
     ("mini", 8, 64), ("tiny", 12, 192), ("small", 24, 192), ("base", 24, 256)])
 def test_backbone_arrives(name, blocks, channels):
-    """--backbone selects Swin's published depths and widths."""
+    """Each Swin --backbone has the expected numbers of blocks, and of channels in the first map."""
     backbone = network("--backbone", name).backbone
     assert len(modules(backbone, StochasticDepth)) == blocks
     assert backbone.channels[0] == channels
@@ -248,7 +268,7 @@ def test_data_root_and_download_arrive(monkeypatch):
     (["--dataset", "nyud"], "out", "runs/nyud"), (["--size", "448x576"], "size", (448, 576)),
     (["--scales", "2:1"], "scales", tuple(np.linspace(2, 1, 101)))])
 def test_values_are_read_as_documented(flag, name, value):
-    """Defaults, a size of two numbers and a range of scales become these values."""
+    """These defaults, --size with two numbers, and --scales with a range are parsed correctly."""
     assert getattr(parse_arguments(flag), name) == value
 
 
@@ -269,7 +289,7 @@ def test_values_are_read_as_documented(flag, name, value):
     ("--method mtlora --groups 1,1,1,1", "--groups has no effect"),
     ("--frozen norm", "unrecognized"), ("--epoch 3", "unrecognized")])
 def test_wrong_values_are_refused(flags, message, capsys):
-    """An impossible value or a flag without effect is a usage error before any work."""
+    """Impossible values, unknown flags and flags without effect are usage errors."""
     with pytest.raises(SystemExit) as stop:
         parse_arguments(flags.split())
     assert stop.value.code == 2
@@ -277,7 +297,7 @@ def test_wrong_values_are_refused(flags, message, capsys):
 
 
 def test_help_shows_every_flag_with_its_reason(capsys):
-    """--help shows each name and reason, and the defaults of the chosen dataset."""
+    """--help shows each flag with its help text, and defaults of the chosen dataset."""
     with pytest.raises(SystemExit):
         parse_arguments(["--dataset", "pascal", "--help"])
     text = " ".join(capsys.readouterr().out.split())
@@ -285,4 +305,4 @@ def test_help_shows_every_flag_with_its_reason(capsys):
         assert f"--{knob.name.replace('_', '-')}" in text
         assert knob.reason in text
     assert "(default: 3.125e-05)" in text and "(default: 0)" in text
-    assert "None" not in text               # no default to show
+    assert "None" not in text               # a default of None is not shown

@@ -1,9 +1,10 @@
-"""TGLoRA on one page: four steps of `python train.py`, written again as plainly as possible.
+"""Tests of train.py: a run of four steps matches a second implementation, written plainly here.
 
-Each task walks through its own layers W x + b + 4 B A drop(x). No groups are folded, and the tasks
-share nothing but the weights. Losses, eq. 8, clipping, AdamW, schedule, BatchNorm, dropout and
-stochastic depth are written out as formulas with their constants. From our code, this file only
-takes the data, attention's windows and the initial weights.
+This implementation runs the network once for each task. An adapted layer computes
+W x + b + 4 B A drop(x): no groups are folded into one batch, and the tasks share only weights and
+random masks. The losses, eq. 8, clipping, AdamW, the schedule, BatchNorm, dropout and stochastic
+depth are written out as formulas with their constants. Only the data and their augmentation, the
+window functions of attention, and the initial weights come from the program itself.
 """
 
 import json
@@ -24,7 +25,7 @@ from tasks import make_tasks
 
 TASKS = ["semseg", "depth", "normals"]
 WEIGHT = {"semseg": 1, "depth": 1, "normals": 10}
-TREE = [[(0, 1, 2)], [(0, 2), (1,)], [(0, 2), (1,)], [(0,), (1,), (2,)]]  # of tasks, by number
+TREE = [[(0, 1, 2)], [(0, 2), (1,)], [(0, 2), (1,)], [(0,), (1,), (2,)]]  # indices into TASKS
 SIZE, ROOMS, BATCH, EPOCHS, SEED = (56, 84), 6, 3, 2, 5
 DROPOUT, DROP_PATH = 0.1, 0.4
 PEAK, WARMUP, DECAY, CLIP = 2e-3, 0.4, 2, 2
@@ -34,19 +35,22 @@ FLAGS = ["--size", "56x84", "--train-rooms", "6", "--val-rooms", "2", "--batch-s
          "--weight-decay", "2", "--clip", "2", "--scales", "0.8,1,1.3", "--rotate", "15",
          "--flip", "--rank", "6", "--log-every", "1", "--device", "cpu"]
 HEADS, BLOCKS, WINDOW = (2, 4, 8, 16), 2, 7  # the backbone "mini": 2 blocks in each of 4 stages
-LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")  # one adapter per group
+LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")  # the adapted layers of a block
 
 
 # --- the network ----------------------------------------------------------------------------------
 def keep(shape, rate):
-    """1 / (1 - rate) where a number is kept, 0 where it is dropped."""
+    """A random mask: 1 / (1 - rate) where a value is kept, 0 where it is dropped."""
     return torch.empty(shape).bernoulli_(1 - rate) / (1 - rate)
 
 
 def draw_masks():
-    """Everything that is random in a forward pass, in the order in which the program draws it.
+    """Draw all random masks of a forward pass, in the order in which train.py draws them.
 
-    Returns {(stage, block, layer): (G, B, ...)}: one mask for all groups of a stage.
+    Returns {(stage, block, name): mask}. A mask is (G, B, ...), with G groups and B images, or
+    ones (G, 1) if the drop rate is 0. If `name` is a layer, the mask is for the dropout on the
+    input of its adapters. If `name` is "attn" or "mlp", the mask is for the stochastic depth of
+    that half of the block.
     """
     masks, (H, W) = {}, (SIZE[0] // 4, SIZE[1] // 4)
     for s in range(4):
@@ -58,14 +62,17 @@ def draw_masks():
                                  ("mlp", [(H, W, C), (H, W, 4 * C)])):
                 for layer, shape in zip([n for n in LAYERS if half in n], shapes):
                     masks[s, b, layer] = keep((G, BATCH, *shape), DROPOUT)
-                # An image loses the whole update, or nothing.
+                # Stochastic depth drops an image's whole update or none of it.
                 masks[s, b, half] = keep((G, BATCH, 1, 1, 1), rate) if rate else torch.ones(G, 1)
         H, W = math.ceil(H / 2), math.ceil(W / 2)
     return masks
 
 
 def predict(p, task, image, masks=None):
-    """One task's prediction. p: all parameters by name. masks: None in evaluation."""
+    """The prediction of one task.
+
+    p: parameters and buffers by name. masks: from `draw_masks`, or None in evaluation.
+    """
     maps = []
     x = F.conv2d(image, p["backbone.patch_embed.proj.weight"], p["backbone.patch_embed.proj.bias"],
                  stride=4).permute(0, 2, 3, 1)  # (B, H, W, C)
@@ -101,7 +108,12 @@ def norm(p, name, x):
 
 
 def attention(x, lora, table, heads, shifted):
-    """Windows of 7x7 tokens, displaced by 3 in every second block (where there are several)."""
+    """Attention in windows of 7x7 tokens.
+
+    lora: computes an adapted layer, given the layer's name and its input. If `shifted`, the windows
+    are shifted by 3 tokens along every axis that is longer than one window. Shapes: N windows of L
+    tokens, h heads.
+    """
     B, H, W, C = x.shape
     x = F.pad(x, (0, 0, 0, -W % WINDOW, 0, -H % WINDOW))
     Hp, Wp = x.shape[1:3]
@@ -123,7 +135,11 @@ def merge_patches(p, name, x):
 
 
 def decode(p, name, maps, training):
-    """A 1x1 convolution per map, resized and joined; then 1x1, BatchNorm, ReLU and 1x1."""
+    """A decoder: project each map with a 1x1 convolution, resize the maps and concatenate them.
+
+    A 1x1 convolution, BatchNorm, ReLU and another 1x1 convolution follow. The result is resized to
+    the size of the image.
+    """
     fused = [(x @ p[f"{name}fuse.{i}.weight"][:, :, 0, 0].T).permute(0, 3, 1, 2)
              for i, x in enumerate(maps)]
     x = torch.cat([F.interpolate(x, fused[0].shape[2:], mode="bilinear") for x in fused], 1)
@@ -144,7 +160,7 @@ def decode(p, name, maps, training):
 
 # --- a step ---------------------------------------------------------------------------------------
 def loss_of(task, pred, label):
-    """The mean over valid pixels."""
+    """A task's loss, averaged over valid pixels (and, for normals, over x, y and z)."""
     if task == "semseg":  # -log of the true class's probability
         valid = label != 255
         log_p = pred.log_softmax(1).gather(1, label.masked_fill(~valid, 0)[:, None])[:, 0]
@@ -157,7 +173,7 @@ def loss_of(task, pred, label):
 
 
 def learning_rate(step, steps):
-    """Linear to the peak, then half a cosine to 0."""
+    """The learning rate, which rises linearly to PEAK and then falls to 0 along half a cosine."""
     ramp = WARMUP * steps
     if step < ramp:
         return PEAK * (step + 1) / (ramp + 1)
@@ -165,7 +181,10 @@ def learning_rate(step, steps):
 
 
 def adamw(p, names, moments, step, lr):
-    """Clip all gradients by their joint norm, then take a step of AdamW. Only matrices decay."""
+    """Scale all gradients so that their joint norm is at most CLIP, then take a step of AdamW.
+
+    1-D parameters and position-bias tables have no weight decay. Returns the norm before clipping.
+    """
     total = math.sqrt(sum(p[n].grad.double().square().sum().item() for n in names))
     for n in names:
         g = p[n].grad * min(1, CLIP / total)
@@ -181,7 +200,10 @@ def adamw(p, names, moments, step, lr):
 
 
 def reference(p, trained):
-    """Train p in place. Returns each step's losses and gradient norm, and the validation loss."""
+    """Train the parameters `p` in place. trained: the names of the parameters to train.
+
+    Returns the losses and the gradient norm of each step, and the validation loss.
+    """
     rooms = [Rooms("train", TASKS, ROOMS, SIZE)[i] for i in range(ROOMS)]
     orders = [np.random.Generator(np.random.PCG64([SEED, e])).permutation(ROOMS).reshape(-1, BATCH)
               for e in range(EPOCHS)]
@@ -206,7 +228,7 @@ def reference(p, trained):
 # --- the comparison -------------------------------------------------------------------------------
 @pytest.fixture
 def in_double(monkeypatch):
-    """float64 everywhere, because Adam would enlarge the rounding errors of float32."""
+    """Use float64 everywhere, because Adam would enlarge the rounding errors of float32."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     torch.set_default_dtype(torch.float64)
     yield
@@ -215,8 +237,8 @@ def in_double(monkeypatch):
 
 @pytest.mark.parametrize("layers", [
     "attn+mlp+others", pytest.param("attn+mlp", marks=pytest.mark.slow)])
-def test_a_run_is_the_reference(layers, tmp_path, in_double):
-    """Losses, learning rates, the validation loss and every trained weight are the same."""
+def test_a_run_equals_the_reference(layers, tmp_path, in_double):
+    """train.py and `reference` agree on losses, learning rates, validation loss and weights."""
     path = tmp_path / "tree.json"
     path.write_text(json.dumps({"tree": [[[TASKS[t] for t in g] for g in s] for s in TREE]}))
     flags = [*FLAGS, "--layers", layers, "--tree", str(path)]
@@ -231,7 +253,9 @@ def test_a_run_is_the_reference(layers, tmp_path, in_double):
     train.main([*flags, "--out", str(tmp_path / "run")])
     log, norms, validation = reference(p, trained)
 
-    assert min(norms) > CLIP and max(norms) > 1.3 * min(norms)  # else Adam would hide a wrong clip
+    # Adam ignores a constant factor in the gradients. Missing clipping therefore shows only if the
+    # factor differs between steps, so check that each step is clipped, and by different factors.
+    assert min(norms) > CLIP and max(norms) > 1.3 * min(norms)
     lines = [json.loads(x) for x in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     for step, (line, losses) in enumerate(zip(lines[:4], log, strict=True)):
         assert line["lr"] == pytest.approx(learning_rate(step, 4))
@@ -242,5 +266,5 @@ def test_a_run_is_the_reference(layers, tmp_path, in_double):
     assert saved.keys() >= set(trained)
     for n in saved.keys() - {f"decoders.{t}.head.1.num_batches_tracked" for t in TASKS}:
         torch.testing.assert_close(saved[n], p[n], rtol=1e-6, atol=1e-8, msg=n)
-        # Every weight has changed, except a bias that BatchNorm subtracts: it has no gradient.
+        # Each weight changes, except biases that BatchNorm cancels: their gradient is about 0.
         assert n.endswith("head.0.bias") or (p[n] - start[n]).abs().max() > 1e-5

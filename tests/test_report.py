@@ -1,4 +1,7 @@
-"""report.py: pictures have the right colours and texts in the right places."""
+"""Tests of report.py: pictures have the right colours, with texts in the right places.
+
+Delta-m is printed with the results.
+"""
 
 import json
 import math
@@ -18,7 +21,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def texts(monkeypatch):
-    """A list of every text that is drawn, with its bounding box."""
+    """Returns a list that collects every text that is drawn, with its bounding box."""
     drawn, real = [], ImageDraw.ImageDraw.text
 
     def text(pen, xy, string, fill=None, font=None, anchor=None):
@@ -33,7 +36,10 @@ def predict_nothing(tasks):
 
 
 def test_curves_show_losses_and_metrics(tmp_path, texts):
-    """Each task has a column with its loss above its metric; NaN and null are left out."""
+    """Each task has a column, with the curve of its loss above the curve of its metric.
+
+    Points that are NaN or null are left out.
+    """
     lines = [{"step": s, "lr": 1, "loss": {"depth": 4.0 - s, "sal": 1.0}} for s in (1, 2, 3)]
     lines[0]["loss"]["sal"] = None
     lines += [{"step": s, "results": {"depth": {"rmse": r}, "sal": {"mIoU": m}}}
@@ -48,7 +54,7 @@ def test_curves_show_losses_and_metrics(tmp_path, texts):
     blue = (picture[..., 2] - picture[..., 0]) > 100
 
     def ends(row, column):
-        """First and last point of a curve, relative to the top left corner of its frame."""
+        """The first and the last point (x, y) of a curve, from the top left corner of its frame."""
         top, left = row * (height + 2 * MARGIN), column * (width + 2 * MARGIN)
         ys, xs = np.nonzero(blue[top:top + height + 2 * MARGIN, left:left + width + 2 * MARGIN])
         first, last = xs.min(), xs.max()
@@ -56,9 +62,9 @@ def test_curves_show_losses_and_metrics(tmp_path, texts):
                 (last - MARGIN, ys[xs == last].mean() - MARGIN)]
 
     expected = {(0, 0): [(width / 3, 0), (width, height)],              # the loss falls
-                (0, 1): [(width * 2 / 3, height / 2), (width, height / 2)],     # it is constant
+                (0, 1): [(width * 2 / 3, height / 2), (width, height / 2)],     # constant loss
                 (1, 0): [(width * 2 / 3, height), (width, 0)],          # rmse rises
-                (1, 1): [(width, height / 2), (width, height / 2)]}         # one point
+                (1, 1): [(width, height / 2), (width, height / 2)]}     # mIoU has only one point
     for place, points in expected.items():
         np.testing.assert_allclose(ends(*place), points, atol=4)
 
@@ -69,7 +75,10 @@ FIVE = ["depth", "semseg", "normals", "edge", "human_parts"]
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("suffix", ["", "_with_a_rather_long_name"])
 def test_the_tree_is_drawn_with_its_similarities(known, suffix, tmp_path, texts):
-    """Names and numbers do not overlap, groups stand together, and negative numbers are red."""
+    """In the picture, texts do not overlap, and tasks of a group are next to each other.
+
+    A negative similarity is red, a positive one blue. Unknown similarities are not drawn.
+    """
     tasks = [name + suffix for name in FIVE]
     depth, semseg, normals, edge, parts = tasks
     halves = [[semseg, edge, parts], [depth, normals]]
@@ -126,7 +135,7 @@ def test_pictures_say_what_is_in_them(tmp_path, texts, dataset, names, words):
 
 
 def check_texts(texts, words, path):
-    """All `words` are in the picture, and every text lies inside it."""
+    """Check that all `words` are drawn and that no text is cut off. Empties `texts`."""
     picture = Image.open(path)
     assert set(words) <= {string for string, _ in texts}
     for string, (left, top, right, bottom) in texts:
@@ -136,7 +145,7 @@ def check_texts(texts, words, path):
 
 
 def test_samples_show_each_prediction_under_its_ground_truth(tmp_path):
-    """The ground truth, 1 m above 2 m, is drawn above the prediction, which is 4 m everywhere."""
+    """The ground truth (top half 1 m, bottom half 2 m) is drawn above the prediction (4 m)."""
     task = make_tasks(["depth"], 6)[0]
     depth = torch.full((1, 8, 8), 2.0)
     depth[:, :4] = 1.0
@@ -148,7 +157,7 @@ def test_samples_show_each_prediction_under_its_ground_truth(tmp_path):
     for metres in (1.0, 2.0, 4.0):
         colour = (task.colours(torch.full((1, 1, 1), metres))[:, 0, 0] * 255).int().numpy()
         same = (abs(picture - colour) <= 1).all(2)
-        rows[metres] = np.flatnonzero(same.sum(1) == 200)               # not the legend's squares
+        rows[metres] = np.flatnonzero(same.sum(1) == 200)       # excludes the legend's squares
     assert [len(rows[metres]) for metres in rows] == [100, 100, 200]    # 8 pixels became 200
     assert rows[1.0].max() < rows[2.0].min() and rows[2.0].max() < rows[4.0].min()
 
@@ -174,7 +183,7 @@ def test_a_legend_has_the_colours_of_the_picture():
 
 
 def test_delta_m_is_shown_when_it_is_known():
-    """It ends the line of an epoch, and it is the last line of the table."""
+    """If delta-m is known, it ends the line of an epoch and is the last line of the table."""
     tasks = make_tasks(["depth"], 3)
     result = {"loss": 1.5, "delta_m": -2.345, "images": 1, "pixels": {"depth": 4},
               "nan": {"depth": 0}, "results": {"depth": {"rmse": 0.5}}}

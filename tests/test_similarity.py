@@ -1,4 +1,4 @@
-"""similarity.py against direct computations, on a network that needs no other file of ours."""
+"""Tests of similarity.py: the results equal direct computations on a small network."""
 
 import copy
 
@@ -15,7 +15,10 @@ NAMES = ["one", "two", "three"]
 
 
 class Backbone(nn.Module):
-    """Two maps. In train mode, BatchNorm would mix the examples, and dropout would be random."""
+    """A backbone that gives two maps, with one parameter that it does not use.
+
+    BatchNorm and dropout change its maps in train mode, so a forgotten eval mode is noticed.
+    """
 
     def __init__(self):
         super().__init__()
@@ -67,7 +70,7 @@ def make_tasks():
 
 
 def example(seed, without=()):
-    """One image and its labels, which depend on it; the tasks in `without` have no label."""
+    """A random image and labels computed from it; tasks in `without` have no valid label."""
     image = torch.randn(1, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
     labels = {"one": image[:, :1], "two": image[:, 1:2].abs(), "three": image.sum(1, keepdim=True)}
     for name in without:
@@ -76,7 +79,7 @@ def example(seed, without=()):
 
 
 def load(batches):
-    """Batches of the examples with these numbers."""
+    """For each list of seeds in `batches`, yield the images and labels of those examples."""
     for batch in batches:
         images, labels = zip(*map(example, batch))
         yield torch.cat(images), {k: torch.cat([x[k] for x in labels]) for k in labels[0]}
@@ -84,7 +87,8 @@ def load(batches):
 
 # --- eq. 2 ----------------------------------------------------------------------------------------
 def test_the_default_is_the_plain_cosine():
-    """Dividing by norms, as eq. 2 does, changes nothing; dividing element by element does."""
+    """The default is the cosine of the two gradients, which does not change if both are divided by
+    the sum of their norms as in eq. 2. The normalisation "elementwise" gives a different value."""
     g, h = torch.tensor([100.0, 1.0, 0.0]), torch.tensor([100.0, -1.0, 0.0])
     assert gradient_similarity(g, h).item() == pytest.approx(9999 / 10001)
     assert gradient_similarity(g / 201, h / 201).item() == pytest.approx(9999 / 10001)
@@ -96,8 +100,9 @@ def test_the_default_is_the_plain_cosine():
         gradient_similarity(g, h, "l2")
 
 
-def test_rounding_noise_has_no_weight_element_by_element():
-    """Entries below float32's eps times the largest are ignored, and larger ones are not."""
+def test_elementwise_ignores_rounding_noise():
+    """With "elementwise", entries of a gradient below float32's eps times its largest entry are
+    ignored, and larger entries count."""
     torch.manual_seed(0)
     g, h = torch.randn(500), torch.randn(500)
     plain = gradient_similarity(g, h, "elementwise").item()
@@ -109,7 +114,8 @@ def test_rounding_noise_has_no_weight_element_by_element():
 
 
 def test_millions_of_small_terms_add_up():
-    """The cosine keeps six digits in float32, even if a few terms are much larger."""
+    """In float32, the cosine of gradients with two million entries is correct to 1e-6, even if a
+    few entries are much larger than the rest."""
     rng = np.random.default_rng(0)
     a = rng.normal(size=2_000_003) * np.where(rng.random(2_000_003) < 1e-5, 1e3, 1e-3)
     b = a * 0.1 + rng.normal(size=len(a)) * 1e-3
@@ -121,7 +127,8 @@ def test_millions_of_small_terms_add_up():
 # --- eq. 3 ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("normalize", ["none", "elementwise"])
 def test_similarities_equal_direct_autograd(normalize):
-    """One backward pass per task and example and F.cosine_similarity give the same values."""
+    """Similarities, their means and standard errors equal those of a direct computation, with one
+    backward pass per task and example."""
     tasks, model = make_tasks(), Net()
     examples = [example(0), example(1, ["two"]), example(2), example(3)]
     similarity = task_similarity(model, tasks, examples, normalize)
@@ -156,18 +163,19 @@ def test_similarities_equal_direct_autograd(normalize):
 
 
 def test_missing_labels_are_left_out_of_their_pairs():
-    """An example without one label counts for other pairs; a pair without examples is an error."""
+    """An example without a label for one task counts only for pairs of the other tasks. If no
+    example is labelled for both tasks of a pair, that is an error."""
     full, part = example(0), example(1, without=["two"])
     first = task_similarity(Net(), make_tasks(), [full])
     both = task_similarity(Net(), make_tasks(), [full, part])
     assert both.mean[0, 1] == first.mean[0, 1] and both.mean[0, 2] != first.mean[0, 2]
-    assert np.isnan(first.error).all()                  # a single example has none
+    assert np.isnan(first.error).all()                  # a single example has no standard error
     with pytest.raises(ValueError, match="no example has valid labels for both one and two; use"):
         task_similarity(Net(), make_tasks(), [part])
 
 
 def test_a_gradient_that_is_not_finite_is_an_error():
-    """Decoders that diverged are not mistaken for missing labels."""
+    """NaN weights in a decoder raise an error. They are not mistaken for missing labels."""
     model = Net()
     nn.init.constant_(model.decoders["two"].head.weight, torch.nan)
     with pytest.raises(ValueError, match="gradient of one or two is not finite; lower the learn"):
@@ -175,7 +183,8 @@ def test_a_gradient_that_is_not_finite_is_an_error():
 
 
 def test_similarities_are_printed_and_saved():
-    """Counts are printed only where they differ; an unknown standard error is saved as null."""
+    """format_similarity prints example counts only if they differ between pairs of tasks. as_json
+    turns an unknown standard error into None."""
     mean, error = np.full((2, 2), -0.01234), np.array([[0.0, 0.0121], [0.0121, np.nan]])
     similarity = Similarity(mean, error, np.array([[9, 7], [7, 7]]), np.empty(0))
     names = ["a", "a_longer_name"]
@@ -195,7 +204,8 @@ def test_similarities_are_printed_and_saved():
 
 # --- decoders -------------------------------------------------------------------------------------
 def plain_training(model, tasks, batches, lr):
-    """The same steps with torch's own scheduler and with new maps for each batch."""
+    """Train the decoders as finetune_decoders does, but with torch's own scheduler, and recompute
+    the maps for each batch."""
     model.eval()
     model.decoders.train()
     optimizer = torch.optim.AdamW(model.decoders.parameters(), lr=lr)
@@ -212,9 +222,11 @@ def plain_training(model, tasks, batches, lr):
 
 
 def test_decoders_equal_a_plain_training_loop():
-    """AdamW, weighted losses and a rate that falls to 0 train the decoders, not the backbone."""
+    """The decoders are trained with AdamW, weighted losses and a learning rate that falls to 0;
+    the backbone does not change."""
     model, tasks = Net(), make_tasks()
-    tasks[1].weight = 0.0           # AdamW takes steps of the same size for any other weight
+    # AdamW's steps hardly depend on the scale of the loss, so only a weight of 0 shows.
+    tasks[1].weight = 0.0
     expected = copy.deepcopy(model)
     batches = [[0, 3], [4, 1], [2, 0], [1, 3]] * 5
     plain_training(expected, tasks, batches, lr=0.1)
@@ -227,7 +239,8 @@ def test_decoders_equal_a_plain_training_loop():
 
 
 def test_the_maps_are_computed_once_in_the_type_of_amp():
-    """Each image passes the backbone once; the decoders see its maps in bfloat16."""
+    """Each image passes through the backbone once. With amp=torch.bfloat16, the decoders get the
+    maps in bfloat16."""
     model = Net()
     images, dtypes = [], set()
     model.backbone.register_forward_pre_hook(lambda _, x: images.append(len(x[0])))
@@ -238,7 +251,8 @@ def test_the_maps_are_computed_once_in_the_type_of_amp():
 
 
 def test_fresh_decoders_depend_on_the_seed_and_the_name():
-    """Neither the other tasks nor the order of the tasks change a fresh decoder."""
+    """The weights of a fresh decoder depend on the seed and on the task's name, but not on the
+    other tasks or their order."""
     two, three = Net(["three", "one"]), Net()
     for model in (two, three):
         nn.init.constant_(model.decoders["one"].norm.bias, 7)
@@ -251,13 +265,14 @@ def test_fresh_decoders_depend_on_the_seed_and_the_name():
     assert not torch.equal(weights[0], weights[1])
     fresh_decoders(two, 6)
     assert not torch.equal(two.decoders["one"].head.weight, weights[0])
-    torch.manual_seed(2331783222)                       # zlib.crc32(b"5 one")
+    torch.manual_seed(2331783222)       # zlib.crc32(b"5 one"), for seed 5 and task "one"
     assert torch.equal(nn.Conv2d(16, 1, 1).weight, weights[0])
 
 
 @pytest.mark.parametrize("failing", [None, "backbone", "decoder", "loss"])
 def test_modes_and_flags_are_restored(failing):
-    """train/eval mode and requires_grad are restored even after an error; no gradient is left."""
+    """finetune_decoders and task_similarity restore train/eval mode and requires_grad, even after
+    an error, and leave no gradient behind."""
     model, tasks = Net(), make_tasks()
     model.backbone.first.requires_grad_(False).eval()
     model.decoders["two"].head.requires_grad_(False)

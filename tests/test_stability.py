@@ -1,4 +1,5 @@
-"""stability.py against a direct bootstrap, and its rate of false decisions."""
+"""Tests of stability.py: its results equal those of a direct bootstrap, and stages are rarely
+called decided if all tasks are equally similar."""
 
 import numpy as np
 import pytest
@@ -8,20 +9,21 @@ from stability import stability
 
 
 def symmetric(x):
-    """A copy of (..., T, T) whose lower triangles mirror the upper ones."""
+    """Mirror the upper triangles of x (..., T, T) across the diagonals, which are set to 0."""
     upper = np.triu(x, 1)
     return upper + upper.swapaxes(-1, -2)
 
 
 def noisy(similarity, N, seed, deviation=0.15):
-    """(N, T, T): examples that scatter around the given similarities."""
+    """Similarities (N, T, T) of N examples: `similarity` (T, T) plus normally distributed noise."""
     rng = np.random.default_rng(seed)
     T = len(similarity)
     return symmetric(similarity + deviation * rng.standard_normal((N, T, T)))
 
 
 def without_labels(samples, task, share, seed):
-    """A copy of samples in which some examples lack one task, and all similarities to it."""
+    """A copy of `samples` in which all similarities of `task` are NaN in a fraction `share` of the
+    examples (on average), as if they had no label for it."""
     samples = samples.copy()
     missing = np.random.default_rng(seed).random(len(samples)) < share
     samples[missing, task] = samples[missing, :, task] = np.nan
@@ -29,7 +31,7 @@ def without_labels(samples, task, share, seed):
 
 
 def test_agreement_equals_a_direct_bootstrap():
-    """A plain bootstrap draws lists of examples with replacement and builds a tree from each."""
+    """Agreements equal those of a plain bootstrap, which rebuilds the tree from each resample."""
     true = np.random.default_rng(5).uniform(0, 0.3, (5, 5))
     for seed, groups in enumerate([(1, 2, 4, 5), (1, 2, 2, 3), (2, 3, 3, 5)]):
         samples = without_labels(noisy(true, 30, seed), task=2, share=0.3, seed=seed)
@@ -47,7 +49,8 @@ def test_agreement_equals_a_direct_bootstrap():
 
 
 def test_only_stages_with_a_choice_are_judged():
-    """A stage has no choice if it has one group, one per task, or as many as the next stage."""
+    """A stage is not judged if it has one group, one group per task, or as many groups as the next
+    stage."""
     samples = noisy(np.zeros((5, 5)), 30, seed=0)
     for groups, judged in (((1, 2, 4, 5), [0, 1, 1, 0]), ((1, 2, 2, 5), [0, 0, 1, 0]),
                            ((1, 1, 2, 3), [0, 0, 1, 1]), ((2, 5, 5, 5), [1, 0, 0, 0]),
@@ -58,9 +61,9 @@ def test_only_stages_with_a_choice_are_judged():
 
 
 def test_a_clear_stage_is_decided_and_a_tie_is_not():
-    """A clear early stage stays decided although the stage after it is a tie."""
+    """A clear stage is decided even if several partitions tie in the next stage."""
     true = np.zeros((4, 4))
-    for pair in ((0, 1), (0, 2), (1, 2)):               # three equal tasks; which two merge first?
+    for pair in ((0, 1), (0, 2), (1, 2)):               # any two of 0, 1 and 2 may merge first
         true[pair] = 0.5
     samples = noisy(true, 60, seed=0)
     tree = build_tree(samples.mean(0), (1, 2, 3, 4))
@@ -73,7 +76,7 @@ def test_a_clear_stage_is_decided_and_a_tie_is_not():
 
 
 def test_the_order_of_the_tasks_does_not_matter():
-    """Resamples draw the same examples for any order of tasks, so the agreement is the same."""
+    """Every order of the tasks gets the same draws, so a reversed order has the same agreement."""
     samples = noisy(np.random.default_rng(0).uniform(0, 0.3, (4, 4)), 40, seed=1)
     backwards = samples[:, ::-1, ::-1]
     one, other = (stability(build_tree(x.mean(0), (1, 2, 3, 4)), x) for x in (samples, backwards))
@@ -81,7 +84,8 @@ def test_the_order_of_the_tasks_does_not_matter():
 
 
 def test_a_pair_that_a_resample_lacks_keeps_its_mean():
-    """If a resample has no example of a pair, the pair keeps its mean over all examples."""
+    """If no example in a resample is labelled for both tasks of a pair, the pair keeps its mean
+    over all examples."""
     samples = np.full((500, 3, 3), 0.1)
     samples[:, [0, 1], [1, 0]] = np.nan
     samples[3:13, [0, 1], [1, 0]] = 0.5
@@ -93,7 +97,7 @@ def test_a_pair_that_a_resample_lacks_keeps_its_mean():
 
 
 def test_few_examples_decide_nothing():
-    """With fewer than ten examples of a pair, a stage is undecided even if all resamples agree."""
+    """If a pair has fewer than ten examples, stages are undecided even if all resamples agree."""
     true = np.zeros((3, 3))
     true[0, 1] = 1
     samples = noisy(true, 30, seed=0, deviation=0.01)
@@ -106,7 +110,7 @@ def test_few_examples_decide_nothing():
 
 
 def test_the_limit_is_99_5_percent():
-    """The limit itself counts as decided, and the words agree with the number next to them."""
+    """A stage is decided at an agreement of exactly 99.5 %, and not at 99.0 %."""
     true = np.zeros((3, 3))
     true[0, 1] = 0.1
     for seed, words in ((0, "decided (99.5 % of resamples agree)"),
@@ -117,7 +121,7 @@ def test_the_limit_is_99_5_percent():
 
 
 def test_the_search_is_used_for_every_resample():
-    """A search that is passed in finds the partitions, so more than ten tasks are possible."""
+    """In every resample, the given `search` is called once, for the last stage's partition."""
     calls = []
 
     def search(sim, num_groups):
@@ -132,7 +136,7 @@ def test_the_search_is_used_for_every_resample():
 @pytest.mark.slow
 @pytest.mark.parametrize("groups", [(1, 2, 3, 4), (1, 3, 4, 5), (1, 2, 2, 5), (1, 1, 2, 3)])
 def test_equal_tasks_are_rarely_decided(groups):
-    """If all similarities are equal, at most 5 % of the trees have a decided stage."""
+    """If all true similarities are equal, at most 5 of 100 trees have a decided stage."""
     T, trees, wrong = groups[-1], 100, 0
     for seed in range(trees):
         samples = noisy(np.full((T, T), 0.2), 16, seed)

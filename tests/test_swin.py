@@ -1,4 +1,5 @@
-"""swin.py against torchvision's Swin Transformer, which is an independent implementation."""
+"""Tests of swin.py: its maps equal those of torchvision's Swin Transformer, an independent
+implementation."""
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ SMALL = dict(embed_dim=16, depths=(2, 2, 4, 2), num_heads=(1, 2, 4, 8))
 
 
 def networks():
-    """torchvision's Swin and ours with the same weights, large enough for a mistake to show."""
+    """torchvision's Swin Transformer and ours, with equal weights. The weights are so large that
+    mistakes show in the maps."""
     torch.manual_seed(0)
     theirs = TorchvisionSwin([4, 4], window_size=[7, 7], **SMALL).eval()
     for p in theirs.parameters():
@@ -28,7 +30,8 @@ def networks():
 @pytest.mark.parametrize("size, trained", [
     ((224, 224), True), ((225, 337), False), ((50, 121), True), ((50, 121), False)])
 def test_maps_equal_torchvisions(size, trained):
-    """Maps agree for padded windows and odd sizes, and whether or not the bias table is trained."""
+    """Our maps equal torchvision's, even for padded windows and odd sizes. This holds for trained
+    and for frozen bias tables, which use different attention code."""
     theirs, ours = networks()
     ours.requires_grad_(trained)
     image = torch.randn(2, 3, *size)
@@ -53,7 +56,8 @@ def test_the_presets_are_the_published_ones():
 
 
 def test_swin_tiny_has_its_published_parameters():
-    """"Others" are 1,599,546 of 27,517,818; all other weights are adapted linear layers."""
+    """Swin-Tiny has 27,517,818 parameters. OTHERS names 1,599,546 of them, and the rest are in
+    layers that get adapters. Its maps have the expected shapes."""
     with torch.device("meta"):
         model = build_swin("tiny")
         maps = model(torch.zeros(2, 3, 128, 160))
@@ -73,7 +77,8 @@ def test_swin_tiny_has_its_published_parameters():
 
 
 def test_random_start():
-    """Linear layers and bias tables start with a deviation of 0.02, and biases with zero."""
+    """In a new network, weights of linear layers and bias tables have a standard deviation of 0.02,
+    and biases are 0."""
     torch.manual_seed(0)
     block = build_swin("mini").layers[3].blocks[1]
     for weight in (block.attn.qkv.weight, block.mlp.fc2.weight,
@@ -83,7 +88,8 @@ def test_random_start():
 
 
 def test_drop_path_grows_with_depth_and_drops_both_branches():
-    """The rates go from 0 to the given one in equal steps; a dropped block is the identity."""
+    """The blocks' drop path rates rise from 0 to the given rate in equal steps. A block that drops
+    both its branches is the identity."""
     model = build_swin("mini", drop_path=0.7)
     blocks = [block for stage in model.layers for block in stage.blocks]
     rates = [block.drop_path.p for block in blocks]
@@ -94,4 +100,4 @@ def test_drop_path_grows_with_depth_and_drops_both_branches():
     assert torch.equal(block(x), x)
     block.drop_path.p = 0.5
     outputs = block(x.repeat(64, 1, 1, 1)).round(decimals=3)
-    assert len(outputs.unique(dim=0)) == 4      # each branch is dropped or not, for every image
+    assert len(outputs.unique(dim=0)) == 4      # each image keeps or drops each of the branches

@@ -1,4 +1,4 @@
-"""tasks.py: losses and metrics against slow, direct definitions."""
+"""Tests of tasks.py: losses and metrics are compared with slow, direct definitions."""
 
 import json
 import math
@@ -14,7 +14,8 @@ BASELINES = Path(__file__).parent.parent / "baselines"
 
 
 def random_example(name, B=3, H=5, W=6):
-    """A task, a prediction, a label, and its valid pixels (B, H, W), of which image 1 has none."""
+    """The task `name`, a random prediction, a random label, and the mask (B, H, W) of the label's
+    valid pixels. Image 1 has no valid pixel."""
     task = make_tasks([name], classes=4)[0]
     g = torch.Generator().manual_seed(0)
     valid = torch.rand(B, H, W, generator=g) > 0.3
@@ -30,7 +31,7 @@ def random_example(name, B=3, H=5, W=6):
 
 
 def check_metrics(task, pred, label, expected):
-    """The metrics are as expected, also when they come from the sums of single images."""
+    """Check the metrics of the batch, computed at once and from sums added up image by image."""
     parts = [task.sums(pred[i:i + 1], label[i:i + 1]) for i in reversed(range(len(pred)))]
     for sums in (task.sums(pred, label), sum(parts)):
         metrics = task.metrics(sums)
@@ -43,7 +44,8 @@ def mean(values):
 
 # --- definitions ----------------------------------------------------------------------------------
 def test_segmentation_equals_its_definition():
-    """Mean IoU, accuracy and cross-entropy are computed from the valid pixels."""
+    """Mean IoU, accuracy and cross-entropy equal their definitions, applied to the valid pixels
+    only."""
     task, pred, label, valid = random_example("semseg")
     true = label[valid]
     logits = pred.movedim(1, -1)[valid]                     # (N, classes)
@@ -60,7 +62,7 @@ def test_segmentation_equals_its_definition():
 
 
 def test_a_class_that_never_occurs_does_not_count():
-    """The mean IoU covers only the classes that occur in a label or in a prediction."""
+    """The mean IoU leaves out classes that are neither true nor predicted at any valid pixel."""
     task = Segmentation("semseg", 5, 1.0)
     label = torch.tensor([[[0, 0, 1, 255]]])
     pred = F.one_hot(torch.tensor([[[0, 0, 2, 3]]]), 5).movedim(-1, 1).float()
@@ -80,7 +82,7 @@ def test_depth_equals_its_definition():
 
 
 def test_normals_equal_their_definition():
-    """The metrics are the mean and root mean square angle; the loss is L1 of unit vectors."""
+    """The metrics are the mean and root mean square angle; the loss is L1 between unit vectors."""
     task, pred, label, valid = random_example("normals")
     true = label.movedim(1, -1)[valid]
     guess = pred.movedim(1, -1)[valid]
@@ -100,7 +102,7 @@ def test_normals_have_three_limits():
 
 
 def test_values_that_count_as_valid():
-    """A depth is valid above 0, and a normal if it is longer than 0.5."""
+    """A depth is valid if it is above 0, and a normal if its length is above 0.5."""
     depth = torch.tensor([-1.0, 0.0, 0.001]).view(1, 1, 1, 3)
     assert Depth().valid(depth).flatten().tolist() == [False, False, True]
     normals = torch.tensor([0.0, 0.45, 0.55]) * torch.tensor([[0.6], [0.0], [-0.8]])
@@ -108,7 +110,8 @@ def test_values_that_count_as_valid():
 
 
 def test_saliency_equals_its_definition():
-    """The mIoU is that of the best threshold; image 2 has nothing salient or predicted."""
+    """The mIoU is the mean of the images' IoUs at the best threshold. An image has IoU 1 if no
+    pixel is salient and none is predicted to be."""
     task, pred, label, valid = random_example("sal", B=5)
     label[2] = label[2].where(label[2] != 1, 0)
     pred = pred + 2 * (label[:, None] == 1)
@@ -126,9 +129,10 @@ def test_saliency_equals_its_definition():
 
 
 def test_edges_equal_their_definition():
-    """Precision and recall allow a reach of one pixel; one threshold serves all images."""
+    """A predicted edge pixel is correct, and a true one is recalled, if the other map has an edge
+    pixel within reach, which is one pixel here. All images share one threshold."""
     g = torch.Generator().manual_seed(5)
-    label = (torch.rand(2, 9, 140, generator=g) < 0.02).long()   # a diagonal of 140: reach is 1
+    label = (torch.rand(2, 9, 140, generator=g) < 0.02).long()   # diagonal 140, so reach is 1
     label[torch.rand(2, 9, 140, generator=g) < 0.1] = 255
     pred = torch.randn(2, 1, 9, 140, generator=g) + 2 * (label[:, None] == 1)
 
@@ -152,7 +156,8 @@ def test_edges_equal_their_definition():
 @pytest.mark.parametrize("width, offset, correct", [(140, 1, True), (140, 2, False),
                                                     (340, 3, True), (460, 4, False)])
 def test_the_reach_of_an_edge_grows_with_the_image(width, offset, correct):
-    """The reach is 0.0075 of the diagonal: 1 pixel of 140, and 3 pixels of 340 and of 460."""
+    """An edge may be off by 0.0075 of the image's diagonal, rounded to whole pixels: by 1 pixel if
+    the diagonal is 140, and by 3 if it is 340 or 460."""
     label = torch.zeros(1, 9, width).long()
     pred = torch.full((1, 1, 9, width), -9.0)
     label[:, :, 50] = 1
@@ -177,7 +182,8 @@ def test_first_and_last_thresholds(name, high, low, perfect):
 
 @pytest.mark.parametrize("name", ["sal", "edge"])
 def test_binary_losses_equal_their_definition(name):
-    """Saliency weights each class by the other's share; edges use 0.95 and 0.05."""
+    """The saliency loss weights each class by the other class's share of the valid pixels. In the
+    edge loss, an edge pixel has weight 0.95, and any other pixel 0.05."""
     task, pred, label, valid = random_example(name)
     chance, true = pred[:, 0][valid].sigmoid(), label[valid]
     positive = 0.95 if name == "edge" else (true == 0).float().mean()
@@ -187,7 +193,8 @@ def test_binary_losses_equal_their_definition(name):
 
 # --- every task -----------------------------------------------------------------------------------
 def test_constants_of_the_tasks():
-    """Loss weights are MTLoRA's, and MTI-Net's for edges; outputs and directions fit the tasks."""
+    """Loss weights are those of MTLoRA (of MTI-Net for edges), and each task has the expected
+    `outputs` and `higher_is_better`."""
     expected = {"semseg": (1, 40, True), "human_parts": (2, 7, True), "sal": (5, 1, True),
                 "edge": (50, 1, True), "depth": (1, 1, False), "normals": (10, 3, False)}
     tasks = make_tasks(list(expected), 40)
@@ -197,7 +204,8 @@ def test_constants_of_the_tasks():
 
 @pytest.mark.parametrize("name", TASKS)
 def test_nothing_valid_and_nan_predictions_give_nan(name):
-    """Every metric is NaN then, but a NaN at an invalid pixel does not matter."""
+    """All metrics are NaN if no pixel is valid, or if the prediction at a valid pixel is NaN; a NaN
+    at an invalid pixel does not matter."""
     task, pred, label, _ = random_example(name)
     label[0, ..., 0, 0] = 1 if task.kind == "classes" else 0.6
     metrics = task.metrics(task.sums(pred, label))
@@ -212,30 +220,33 @@ def test_nothing_valid_and_nan_predictions_give_nan(name):
 
 @pytest.mark.parametrize("name", TASKS)
 def test_losses_use_valid_pixels_only(name):
-    """Invalid pixels get no gradient; without a valid one the loss is 0 and still has a graph."""
+    """Valid pixels get a gradient, and invalid ones do not. If no pixel is valid, the loss is 0 but
+    can still be differentiated. For a float16 prediction, the loss is float32."""
     task, pred, label, valid = random_example(name)
     pred.requires_grad_()
     task.loss(pred, label).backward()
     assert torch.equal(pred.grad.abs().amax(1) > 0, valid)
     nothing = task.loss(pred[1:2], label[1:2])
     assert nothing == 0 and nothing.requires_grad
-    assert task.loss(pred.half(), label).dtype == torch.float32    # as under autocast
+    assert task.loss(pred.half(), label).dtype == torch.float32    # pred is half under autocast
 
 
 def test_best_constants():
-    """These are the majority class, the mean depth, all salient, and the middle of the normals."""
+    """The best constant predictions are the most frequent class, the mean depth, "salient", and a
+    direction with a small mean angle to the normals."""
     assert Segmentation("semseg", 3, 1.0).best_constant(torch.tensor([2, 1, 2, 0])).argmax() == 2
     assert Depth().best_constant(torch.tensor([1.0, 1.0, 4.0])).tolist() == [2]
     assert Saliency().best_constant(torch.tensor([0, 1])).sigmoid() > 0.99
     wall, ground = torch.tensor([0.0, 0.0, 1.0]), torch.tensor([0.0, -1.0, 0.0])
     values = torch.stack([wall] * 6 + [ground] * 3)
     angle = (values @ Normals().best_constant(values)).acos().mean()
-    assert angle <= math.pi / 2 / 3 + 0.05                  # the wall's own, or one next to it
+    assert angle <= math.pi / 2 / 3 + 0.05      # the wall's normal has a mean angle of pi / 6
     assert torch.allclose(Normals().best_constant(ground[None]), ground)
 
 
 def test_colours():
-    """Invalid pixels are black, and classes differ from each other."""
+    """Invalid pixels are black, classes differ in colour, near depths are yellow, and far depths
+    are blue."""
     semseg = Segmentation("semseg", 40, 1.0)
     rgb = semseg.colours(torch.tensor([[*range(40), 255]]))[:, 0]
     assert torch.pdist(rgb.T).min() > 0.02 and rgb[:, 40].sum() == 0
@@ -245,14 +256,15 @@ def test_colours():
     assert Normals().colours(normal)[:, 0].T.tolist() == [[0.5, 0.5, 1], [0, 0, 0]]
     assert rgb[:, 0].tolist() == pytest.approx([0.35] * 3)             # class 0 is grey
     near, far, invalid, below = Depth().colours(torch.tensor([[[0.5, 10.0, 0.0, -1.0]]]))[:, 0].T
-    assert below.tolist() == pytest.approx([1, 1, 0.15])               # a wrong prediction is shown
+    assert below.tolist() == pytest.approx([1, 1, 0.15])               # a negative depth is yellow
     assert near[0] > 0.9 > 0.5 > near[2] and far[2] > far[0] and invalid.sum() == 0
     assert Saliency().colours(torch.tensor([[1, 0, 255]]))[0, 0].tolist() == [1, 0, 0]
 
 
 # --- tables ---------------------------------------------------------------------------------------
 def test_the_papers_tables_give_their_delta_m():
-    """Table 1's +4.50 on PASCAL and +0.24 on NYUD follow from the baselines in this repository."""
+    """The paper's delta-m, +4.50 on PASCAL (table 1) and +0.24 on NYUD (table 2), follows from its
+    other results and the files in baselines/. A baseline without a usable value is an error."""
     pascal = json.loads((BASELINES / "pascal.json").read_text())["results"]
     results = {"semseg": {"mIoU": 0.7053}, "human_parts": {"mIoU": 0.6096},
                "sal": {"mIoU": 0.6612}, "normals": {"mean": 16.43}}
@@ -261,24 +273,26 @@ def test_the_papers_tables_give_their_delta_m():
     results = {"semseg": {"mIoU": 0.4184}, "normals": {"mean": 24.38}, "depth": {"rmse": 0.6177}}
     assert delta_m(results, nyud) == pytest.approx(0.24, abs=0.03)
     for bad in ({}, {"mIoU": 0}, {"mIoU": None}):
-        with pytest.raises(ValueError, match="no mIoU of semseg, or it is not a number above 0"):
+        with pytest.raises(ValueError, match="mIoU of semseg is missing, or is not a number"):
             delta_m(results, {**nyud, "semseg": bad})
 
 
 @pytest.mark.parametrize("names, classes, message", [
     (["semsg"], 6, "unknown task 'semsg'; expected some of semseg, .*your own"),
-    ([], 6, "at least one, and each only once"),
-    (["depth", "depth"], 6, "at least one, and each only once"),
+    ([], 6, "at least one task, and each task only once"),
+    (["depth", "depth"], 6, "at least one task, and each task only once"),
     (["depth", "semseg"], None, "semseg: the number of classes is unknown"),
     (["semseg"], 459, "at most 255 classes, got 459")])
 def test_wrong_lists_of_tasks_are_refused(names, classes, message):
-    """Tasks must be known, given once, and have a number of classes that a label can hold."""
+    """An unknown task, a repeated task and an empty list are errors. So is semseg if the number of
+    classes is unknown or too large."""
     with pytest.raises(ValueError, match=message):
         make_tasks(names, classes)
 
 
-def test_your_own_task_is_one_more_in_the_table(monkeypatch):
-    """make_tasks and delta_m find your task by name; changing a task does not change TASKS."""
+def test_your_own_task_needs_one_entry(monkeypatch):
+    """Once your task is in TASKS, make_tasks and delta_m find it by its name. Changing a task that
+    make_tasks returned does not change TASKS."""
     monkeypatch.setitem(TASKS, "ground", Segmentation("ground", 3, 1.0))
     for _ in range(2):
         ground, semseg = make_tasks(["ground", "semseg"], ("floor", "wall"))

@@ -1,4 +1,5 @@
-"""tglora.py: eq. 4 against separate layers, and adapters in models that do not know of them."""
+"""Tests of tglora.py: the layer is compared with eq. 4, group by group, and adapters are added to
+models from torch and torchvision."""
 
 import copy
 import io
@@ -13,7 +14,7 @@ from tglora import TGLoRALinear, add_adapters, merge, run_stages, split_rank
 
 
 def make_layer(ranks, dropout=0.0):
-    """A layer 12 -> 20 whose adapters are not zero."""
+    """An adapted layer with 12 inputs and 20 outputs, whose adapters are not zero."""
     torch.manual_seed(0)
     layer = TGLoRALinear(nn.Linear(12, 20), ranks, dropout=dropout)
     for B in layer.lora_B:
@@ -23,7 +24,7 @@ def make_layer(ranks, dropout=0.0):
 
 # --- the layer ------------------------------------------------------------------------------------
 def test_a_new_adapter_changes_nothing():
-    """B starts at zero, so training starts from the frozen layer."""
+    """A new adapter does not change the layer's output, because its matrix B is zero."""
     linear = nn.Linear(12, 20)
     x = torch.randn(6, 5, 12)
     expected = F.linear(x, linear.weight, linear.bias)
@@ -35,7 +36,7 @@ def test_a_new_adapter_changes_nothing():
 
 @pytest.mark.parametrize("ranks", [(3,), (2, 2, 2), (5, 1, 2)])
 def test_each_group_equals_plain_lora(ranks):
-    """y_g = W x_g + b + 4 B_g A_g x_g for each group of the batch, with any mix of ranks."""
+    """The output for each group g is y_g = W x_g + b + 4 B_g A_g x_g, for equal and mixed ranks."""
     layer = make_layer(ranks)
     x = torch.randn(len(ranks) * 4, 7, 12)
     outputs = layer(x).chunk(len(ranks))
@@ -46,7 +47,7 @@ def test_each_group_equals_plain_lora(ranks):
 
 
 def test_gradients_stay_in_their_group():
-    """A loss on one group's output gives no gradient to other adapters, nor to W."""
+    """A loss on one group's output gives no gradient to the other group's adapter or to W."""
     layer = make_layer((2, 3))
     layer(torch.randn(8, 12)).chunk(2)[1].square().sum().backward()
     for matrices in (layer.lora_A, layer.lora_B):
@@ -57,7 +58,7 @@ def test_gradients_stay_in_their_group():
 
 @pytest.mark.parametrize("ranks", [(4,), (5, 1, 2)])
 def test_merged_equals_unmerged(ranks):
-    """Merging keeps the output, leaves no adapter, and cannot be done twice."""
+    """Merging does not change the output, removes the adapters, and cannot be done twice."""
     layer = make_layer(ranks).eval()
     layer.scale = 2.5
     x = torch.randn(6, 7, 12)
@@ -72,7 +73,7 @@ def test_merged_equals_unmerged(ranks):
 
 
 def test_merging_computes_in_float32():
-    """A bfloat16 layer is merged as precisely as its own weight can hold."""
+    """Merging a bfloat16 layer computes in float32 and rounds only the result."""
     layer = make_layer((4,)).bfloat16()
     A, B, W = (x.float() for x in (layer.lora_A[0], layer.lora_B[0], layer.weight))
     layer.merge()
@@ -80,7 +81,7 @@ def test_merging_computes_in_float32():
 
 
 def test_dropout_is_on_the_adapters_input_only():
-    """In training the adapter sees a thinned, rescaled input; the frozen product sees all of it."""
+    """Dropout acts only on the adapter's input, not on that of W, and only in train mode."""
     layer = make_layer((3,), dropout=0.25)
     x = torch.ones(4, 12)
     frozen = F.linear(x, layer.weight, layer.bias)
@@ -95,7 +96,8 @@ def test_dropout_is_on_the_adapters_input_only():
 
 
 def test_macs_are_counted_per_group():
-    """For 7 rows per group, W counts with its bias, and adapters as padded to the largest rank."""
+    """The MACs of W include those of the bias. Every adapter is counted at the largest rank,
+    because smaller ones are padded to it. A merged layer has no adapter MACs."""
     layer = make_layer((5, 1, 2))
     assert layer.macs(7) == (3 * 7 * 20 * 13, 3 * 7 * 5 * (12 + 20))
     layer.merge()
@@ -109,12 +111,12 @@ def test_macs_are_counted_per_group():
     (10, (3, 2, 2), (4, 3, 3)), (9, (1, 6, 6), (1, 4, 4)), (5, (1, 1, 6), (1, 1, 3)),
     (3, (5, 1, 1), (1, 1, 1)), (11, (3, 3, 1), (5, 5, 1)), (5, (1, 1, 7, 6), (1, 1, 2, 1))])
 def test_a_rank_is_split_in_proportion(rank, sizes, expected):
-    """Ranks follow the group sizes, sum to the combined rank, and are never below 1."""
+    """Ranks are in proportion to the group sizes, up to rounding, and at least 1."""
     assert split_rank(rank, sizes) == expected
 
 
 def test_ranks_and_batches_that_do_not_fit_are_refused():
-    """Ranks that are too small, batches of unequal groups and lazy layers are errors."""
+    """Ranks that are too small, batches that cannot be split evenly and lazy layers are errors."""
     with pytest.raises(ValueError, match="rank 2 is smaller than the number of task groups, 3"):
         split_rank(2, (1, 1, 1))
     for ranks in ((1, 0), ()):
@@ -143,7 +145,8 @@ def small_model():
 
 
 def test_layers_are_chosen_by_the_ends_of_their_paths():
-    """Only layers whose paths end in a name are adapted, with the given ranks and settings."""
+    """Only layers whose paths end in one of the given names are adapted, with the given ranks,
+    scale and dropout."""
     model = nn.ModuleDict({name: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
                            for name in ("mlp", "attn", "xmlp")})
     add_adapters(model, ["mlp.0", "attn.1"], (2, 1), scale=3.0, dropout=0.1)
@@ -154,7 +157,8 @@ def test_layers_are_chosen_by_the_ends_of_their_paths():
 
 
 def test_a_name_without_a_linear_layer_is_refused():
-    """The error lists the linear layers, and the model is not changed."""
+    """A name that matches no linear layer raises an error that lists the linear layers. The model
+    is not changed."""
     model = vit()
     with pytest.raises(ValueError, match=r"ends in 'lp.0'; .* encoder.*_0.mlp.0, .*mlp.3"):
         add_adapters(model, ("mlp.0", "lp.0"), (2,))
@@ -169,7 +173,8 @@ def test_a_name_without_a_linear_layer_is_refused():
     (vit, ("out_proj",), (1, 3, 16, 16), 2),
     (lambda: nn.TransformerEncoderLayer(8, 2, 12), ("out_proj",), (3, 1, 8), 1)])
 def test_adapters_that_are_never_called_are_an_error(make, names, shape, count, training):
-    """If a module only reads its linear layers' weights, the forward pass is an error."""
+    """If a module reads its linear layers' weights without calling the layers, the forward pass
+    raises ValueError."""
     model = make().train(training)
     add_adapters(model, names, (2,))
     with pytest.raises(ValueError, match=f"{count} of {count} adapted layers were not called"):
@@ -177,7 +182,8 @@ def test_adapters_that_are_never_called_are_an_error(make, names, shape, count, 
 
 
 def test_the_fast_path_of_torchs_encoder_is_noticed():
-    """The encoder calls its linear layers in train mode, so checking one pass is not enough."""
+    """torch's encoder layer calls its linear layers in train mode, but not on its fast path in eval
+    mode. This is noticed because every forward pass is checked."""
     model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 12, batch_first=True))
     add_adapters(model, ("linear1", "linear2"), (2,))
     x = torch.randn(2, 5, 8)
@@ -194,7 +200,8 @@ def test_the_fast_path_of_torchs_encoder_is_noticed():
 
 
 def test_adapters_keep_ties_and_modes():
-    """A layer at two paths gets one adapter, which is in the layer's train or eval mode."""
+    """A layer that a model contains twice is wrapped once. The wrapper keeps the layer's train or
+    eval mode."""
     for training in (True, False):
         tied = nn.Linear(4, 4).train(training)
         model = nn.Sequential(nn.Sequential(tied), tied)
@@ -205,7 +212,8 @@ def test_adapters_keep_ties_and_modes():
 
 
 def test_a_part_and_then_the_whole_can_be_adapted():
-    """Each call of add_adapters checks its own layers."""
+    """add_adapters can be called on a part of a model and then on the whole. The check that each
+    call adds covers only the layers that this call adapted."""
     model = nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 4))
     add_adapters(model[0], ("0",), (2,))
     add_adapters(model, ("1",), (2,))
@@ -214,7 +222,8 @@ def test_a_part_and_then_the_whole_can_be_adapted():
 
 
 def test_an_adapted_model_can_be_copied_and_saved():
-    """The copy checks whether its own layers are called, and not the original's."""
+    """A copied or loaded model gives the original's predictions, and its forward pass checks its
+    own layers, not the original's."""
     model = small_model().eval()
     x = torch.randn(2, 4)
     expected = model(x)
@@ -230,7 +239,8 @@ def test_an_adapted_model_can_be_copied_and_saved():
 
 @pytest.mark.slow
 def test_an_adapted_model_compiles_and_exports():
-    """There is no graph break, even if only the part with the adapter is compiled."""
+    """torch.compile finds no graph break, even if only the part with the adapters is compiled.
+    Compiled and exported models give the original's output."""
     model = small_model().eval()
     x = torch.randn(2, 4)
     expected = model(x)
@@ -247,7 +257,10 @@ def test_an_adapted_model_compiles_and_exports():
 
 # --- stages ---------------------------------------------------------------------------------------
 class Scaled(nn.Module):
-    """A stage that multiplies each group by a different factor and halves dimension 1."""
+    """A stage that multiplies each group by a different factor and halves the size of dimension 1.
+
+    It appends the size of each batch to `sizes`.
+    """
 
     def __init__(self, factors, sizes):
         super().__init__()
@@ -261,7 +274,8 @@ class Scaled(nn.Module):
 
 
 def test_stages_branch_as_their_parents_say():
-    """Each group follows its own path, and a stage runs once, with one batch of all its groups."""
+    """Each group passes through its own ancestors in the earlier stages. Each stage runs once, on
+    one batch of all its groups."""
     sizes = []
     stages = [Scaled([2.], sizes), Scaled([3., 5.], sizes), Scaled([7., 11.], sizes),
               Scaled([13., 17., 19.], sizes)]

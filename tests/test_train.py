@@ -1,4 +1,8 @@
-"""train.py as a user runs it, on small data: files, interruptions, steps, and bad input."""
+"""Tests of train.py: a run writes its files, can be resumed, takes correct steps, and refuses bad
+input.
+
+Most tests call `train.main` with flags, as a user would, on a few small images of rooms.
+"""
 
 import json
 import math
@@ -24,7 +28,7 @@ from recipes import parse_arguments
 from tasks import make_tasks
 
 ROOT = Path(__file__).parent.parent
-# Two epochs of a small network on a few small rooms: about two seconds.
+# A run with these flags trains a small network for two epochs, which takes about two seconds.
 SMALL = ["--tasks", "semseg,depth,normals", "--train-rooms", "8", "--val-rooms", "3", "--size",
          "32", "--rank", "6", "--epochs", "2", "--batch-size", "4", "--sim-images", "4",
          "--head-epochs", "1", "--dropout", "0.1", "--drop-path", "0.1", "--device", "cpu",
@@ -38,7 +42,7 @@ def run(*flags):
 
 
 def refused(*flags, main=train.main, small=SMALL):
-    """The one-line error of a command that must fail."""
+    """Check that `main` with `small` and `flags` exits with a one-line error. Returns the error."""
     with pytest.raises(SystemExit) as stop:
         main([*small, *map(str, flags)])
     message = stop.value.code
@@ -48,7 +52,7 @@ def refused(*flags, main=train.main, small=SMALL):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run that nothing interrupts."""
+    """Run train.py once without interruption. Returns the run's folder and its metrics."""
     out = tmp_path_factory.mktemp("whole") / "run"
     return out, run("--out", out)
 
@@ -69,7 +73,7 @@ def log_lines(out):
 
 
 def equal(a, b):
-    """Whether nested data is the same and tensors are equal to the last bit."""
+    """Whether two nested structures are equal; tensors must be exactly equal."""
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):
@@ -80,7 +84,10 @@ def equal(a, b):
 
 
 def assert_same_run(out, other):
-    """Weights, optimizer, log and metrics are equal, and no temporary file is left."""
+    """Check that two runs left equal checkpoints, logs, metrics and trees.
+
+    Also check that the folder `out` holds no temporary file.
+    """
     for name in ("last.pt", "best.pt"):
         assert equal(read(out / name), read(other / name)), name
     for name in ("log.jsonl", "metrics.json", "tree.json"):
@@ -89,7 +96,7 @@ def assert_same_run(out, other):
 
 
 def interrupt_after(monkeypatch, function, calls):
-    """Simulate Ctrl-C at the end of the given call of train.<function>."""
+    """Patch train.<function> so that call number `calls` ends with a simulated Ctrl-C."""
     real, count = getattr(train, function), [0]
 
     def called(*args, **kwargs):
@@ -103,10 +110,10 @@ def interrupt_after(monkeypatch, function, calls):
 
 # --- the files of a run ---------------------------------------------------------------------------
 def test_a_run_leaves_its_results(whole):
-    """A run writes metrics, its tree, a log of steps and evaluations, pictures and checkpoints."""
+    """A run writes metrics, its tree, a log, pictures, and a best.pt without frozen weights."""
     out, returned = whole
     metrics = json.loads((out / "metrics.json").read_text())
-    assert metrics == json.loads(json.dumps(returned))          # main returns the same
+    assert metrics == json.loads(json.dumps(returned))          # `main` returns the file's content
     for key in ("results", "reference"):
         assert set(metrics[key]) == set(ALL)
         assert 0 < metrics[key]["depth"]["rmse"] < 10
@@ -131,7 +138,10 @@ def test_a_run_leaves_its_results(whole):
 
 
 def test_a_given_tree_replaces_the_similarity_and_gives_the_same_run(whole, tmp_path, capsys):
-    """With --tree FILE nothing is measured, and training is the same to the last bit."""
+    """With a run's tree.json as --tree, no similarity is measured.
+
+    The trained weights are exactly those of that run.
+    """
     out, _ = whole
     run("--out", tmp_path / "again", "--tree", out / "tree.json")
     assert "similarity:" not in capsys.readouterr().out
@@ -141,18 +151,21 @@ def test_a_given_tree_replaces_the_similarity_and_gives_the_same_run(whole, tmp_
 
 
 def test_tree_only_ends_with_the_same_tree(whole, tmp_path):
-    """--tree-only writes tree.json and its picture, and trains nothing."""
+    """--tree-only writes only tree.png and tree.json. This tree.json equals that of a full run."""
     out, _ = whole
     result = run("--out", tmp_path / "run", "--tree-only")
     again = json.loads((tmp_path / "run/tree.json").read_text())
     assert again == json.loads((out / "tree.json").read_text()) == json.loads(json.dumps(result))
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["tree.json", "tree.png"]
     message = refused("--out", tmp_path / "run")
-    assert "already exists" in message and "--resume" not in message    # nothing to continue
+    assert "already exists" in message and "--resume" not in message    # no last.pt to resume
 
 
-def test_best_epoch_is_chosen_by_delta_m_if_there_is_a_baseline(whole, tmp_path, capsys):
-    """Measured against its own metrics, a run ends at a delta-m of zero (eq. 7)."""
+def test_a_baseline_gives_delta_m_and_must_be_of_the_same_dataset(whole, tmp_path, capsys):
+    """A run whose baseline is an identical run has a delta-m of 0 (eq. 7).
+
+    A baseline from a different dataset is an error.
+    """
     out, _ = whole
     metrics = run("--out", tmp_path / "run", "--baseline", out / "metrics.json", "--tree",
                   out / "tree.json")
@@ -165,7 +178,7 @@ def test_best_epoch_is_chosen_by_delta_m_if_there_is_a_baseline(whole, tmp_path,
 
 
 def test_the_best_epoch_is_kept_when_later_ones_are_worse(whole, tmp_path, monkeypatch):
-    """best.pt and the results are those of the first epoch if its score is higher."""
+    """If the first epoch has the higher score, best.pt and the results are those of that epoch."""
     monkeypatch.setattr(train, "validation_score", lambda result: -result["epoch"])
     metrics = run("--out", tmp_path / "run", "--tree", whole[0] / "tree.json")
     assert metrics["epoch"] == 1 and metrics["last"]["epoch"] == 2
@@ -175,31 +188,40 @@ def test_the_best_epoch_is_kept_when_later_ones_are_worse(whole, tmp_path, monke
 @pytest.mark.parametrize("delta_m, loss, score", [
     (1.5, 9.0, 1.5), (None, 9.0, -9.0), (math.nan, 9.0, -9.0), (None, math.nan, -math.inf)])
 def test_the_validation_score_is_delta_m_or_minus_the_loss(delta_m, loss, score):
-    """A missing or undefined delta-m is replaced by minus the loss, and NaN never wins."""
+    """The score is delta-m. If delta-m is missing or NaN, the score is minus the loss.
+
+    If the loss is NaN too, the score is -inf.
+    """
     result = {"loss": loss} if delta_m is None else {"loss": loss, "delta_m": delta_m}
     assert train.validation_score(result) == score
 
 
 # --- interruptions --------------------------------------------------------------------------------
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(whole, tmp_path, monkeypatch):
-    """A run stopped in its second epoch and resumed is equal to the last bit."""
+    """A run that is interrupted in its second epoch and then resumed equals an uninterrupted run.
+
+    Checkpoints must be equal exactly. Log lines of steps after the step of last.pt are dropped.
+    """
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
         interrupt_after(patch, "train_step", 3)
         with pytest.raises(SystemExit, match="--resume continues"):
             run("--out", out)
     assert len(log_lines(out)) == 3 and read(out / "last.pt")["step"] == 2
-    (out / "tree.json").unlink()                # as if the kill had come before it was written
+    (out / "tree.json").unlink()                # as if the run had stopped before writing the tree
     with open(out / "log.jsonl", "a") as log:
         log.write('{"step": 3, "lost": true}\n{"step": 4, "cut of')
-    train.main(["--resume", "--out", str(out)])                 # its flags are in last.pt
+    train.main(["--resume", "--out", str(out)])                 # last.pt holds the other flags
     assert_same_run(out, whole[0])
 
 
 @pytest.mark.parametrize("write", [3, 4])
 def test_a_kill_while_a_checkpoint_is_written_keeps_the_old_one(whole, write, tmp_path,
                                                                 monkeypatch):
-    """A half-written best.pt or last.pt is left under a temporary name and does no harm."""
+    """A run can be resumed if it stops just before a temporary file is renamed to a checkpoint.
+
+    The resumed run equals an uninterrupted one.
+    """
     out, replace, count = tmp_path / "run", os.replace, [0]
 
     def killed(source, target):
@@ -217,7 +239,7 @@ def test_a_kill_while_a_checkpoint_is_written_keeps_the_old_one(whole, write, tm
 
 
 def in_child(flags):
-    """Run train.py in a separate process, with one thread and without output."""
+    """Run train.py with one thread and without output. A separate process calls this."""
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = open(os.devnull, "w")
     train.main(flags)
@@ -225,7 +247,7 @@ def in_child(flags):
 
 @pytest.mark.slow
 def test_a_run_killed_at_any_moment_ends_as_an_uninterrupted_one(tree_file, tmp_path):
-    """A run killed at ten random moments and resumed each time is equal to the last bit."""
+    """A run that is killed ten times, at random moments, ends as an uninterrupted run does."""
     context = multiprocessing.get_context("spawn")
     flags = [*SMALL, "--tree", str(tree_file), "--epochs", "6"]
 
@@ -255,14 +277,14 @@ def test_a_run_killed_at_any_moment_ends_as_an_uninterrupted_one(tree_file, tmp_
 
 @pytest.mark.slow
 def test_any_number_of_workers_gives_the_same_run(whole, tmp_path):
-    """Samples hold no randomness, so data workers change nothing."""
+    """With --workers 2 and --no-cache, a run ends with the same weights as without them."""
     run("--out", tmp_path / "run", "--workers", "2", "--no-cache")
     assert equal(read(tmp_path / "run/last.pt")["model"], read(whole[0] / "last.pt")["model"])
 
 
 # --- steps ----------------------------------------------------------------------------------------
 class Point(nn.Module):
-    """Predicts one depth everywhere."""
+    """A network whose only parameter is the depth that it predicts everywhere."""
 
     def __init__(self):
         super().__init__()
@@ -273,7 +295,11 @@ class Point(nn.Module):
 
 
 def step_of_point(clip=5.0, scale=None, parts=1, label=3.0):
-    """One step of plain SGD with rate 1 on a depth of `label`; returns the point and the losses."""
+    """Train a Point for one step of SGD (learning rate 1) on images with depth `label` everywhere.
+
+    scale: the GradScaler's loss scale; None turns the scaler off. parts: the batch is processed in
+    up to this many parts (--accumulate). Returns the Point's new depth and the losses.
+    """
     net = Point()
     optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
     scaler = torch.amp.GradScaler("cpu", enabled=scale is not None, init_scale=scale or 1.0)
@@ -287,13 +313,16 @@ def step_of_point(clip=5.0, scale=None, parts=1, label=3.0):
 @pytest.mark.parametrize("scale", [None, 1024.0])
 @pytest.mark.parametrize("clip, moved", [(0.25, 0.25), (5.0, 1.0)])
 def test_a_step_follows_the_clipped_gradient(clip, moved, scale, parts):
-    """The L1 of a depth has a gradient of norm 1, whatever the loss scale and number of parts."""
+    """A step moves the depth by min(1, clip), because the gradient of the L1 loss has norm 1.
+
+    Neither the loss scale nor splitting the batch into parts makes a difference.
+    """
     depth, losses = step_of_point(clip, scale, parts)
     assert depth == pytest.approx(moved) and losses == pytest.approx([3.0])
 
 
 def test_the_total_loss_weights_the_tasks():
-    """With a weight of 10 in eq. 8, the gradient is ten times as large."""
+    """A task with weight 10 in the total loss (eq. 8) gets a gradient ten times as large."""
     task = make_tasks(["depth"], 7)[0]
     task.weight, net = 10.0, Point()
     optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
@@ -304,7 +333,10 @@ def test_the_total_loss_weights_the_tasks():
 
 
 def test_the_optimizer_is_adamw_without_decay_on_norms_and_biases():
-    """AdamW has its usual constants, and 1-D weights and position-bias tables do not decay."""
+    """AdamW has PyTorch's default betas and eps.
+
+    1-D weights and position-bias tables have no weight decay.
+    """
     config = parse_arguments([*SMALL, "--layers", "attn+mlp+others", "--weights", "none"])
     tasks = make_tasks(config.tasks, 7)
     model = build(config, tasks, build_tree(np.zeros((3, 3)), config.groups))
@@ -321,7 +353,10 @@ def test_the_optimizer_is_adamw_without_decay_on_norms_and_biases():
 
 
 def test_the_schedule_begins_above_zero_and_ends_at_zero():
-    """After a warm-up of 20 steps the rate is at its peak; the first step has 1/21 of it."""
+    """With 20 warm-up steps, the learning rate starts at 1/21 of its peak and peaks at step 20.
+
+    It ends at 0. Without warm-up, it starts at its peak.
+    """
     rates = [train.learning_rate(step, 300, 1e-4, 20 / 300) for step in range(301)]
     assert rates[0] == pytest.approx(1e-4 / 21) and rates[9] == pytest.approx(1e-4 * 10 / 21)
     assert rates[20] == pytest.approx(1e-4) == max(rates)
@@ -331,7 +366,10 @@ def test_the_schedule_begins_above_zero_and_ends_at_zero():
 
 
 def test_logged_losses_leave_out_batches_without_labels(capsys):
-    """The mean is over the steps that had labels; without any it is None, and not 0."""
+    """A logged loss is the mean over the steps that have labels for its task.
+
+    If no step has such labels, the loss is None.
+    """
     depth, semseg = tasks = make_tasks(["depth", "semseg"], 3)
     log = train.LossLog(tasks, 4, 10, torch.device("cpu"))
     ignored = torch.full((1, 2, 2), 255)
@@ -340,12 +378,15 @@ def test_logged_losses_leave_out_batches_without_labels(capsys):
     assert log.report(12, 20) == {"depth": 3.0, "semseg": None}
     assert "step 12/20  depth 3.000  semseg -" in capsys.readouterr().out
     log.add(torch.tensor([1.0, 2.0]), {"depth": torch.ones(1, 1, 2, 2), "semseg": ignored * 0})
-    assert log.report(13, 20) == {"depth": 1.0, "semseg": 2.0}      # started again
+    assert log.report(13, 20) == {"depth": 1.0, "semseg": 2.0}      # the mean starts again
 
 
 @pytest.mark.parametrize("log_every", [1, 100])
 def test_a_gradient_that_is_not_finite_is_never_saved(tree_file, tmp_path, monkeypatch, log_every):
-    """An infinite gradient in the last step is an error; --resume continues one epoch earlier."""
+    """An infinite gradient in the last step of a run is an error.
+
+    last.pt and best.pt are then from the end of the first epoch, and the run can be resumed.
+    """
     step, count = train.train_step, [0]
 
     def broken(model, *args):
@@ -366,15 +407,18 @@ def test_a_gradient_that_is_not_finite_is_never_saved(tree_file, tmp_path, monke
 
 
 def test_a_loss_that_is_not_finite_names_its_task(tree_file, tmp_path, monkeypatch):
-    """The run stops at the next log line, and its checkpoint is from before."""
+    """A NaN loss stops the run at the next log line, and the error names the task.
+
+    last.pt still holds the weights from before the first step.
+    """
     monkeypatch.setattr("tasks.Depth.loss", lambda self, pred, label: pred.sum() * math.nan)
     message = refused("--out", tmp_path / "run", "--tree", tree_file)
     assert "the loss of depth, or its gradient, is not finite between steps 0 and 1" in message
     assert read(tmp_path / "run/last.pt")["step"] == 0
 
 
-def test_decoders_that_diverge_are_named(tmp_path):
-    """Decoders with NaN are reported as diverged, and not as missing labels."""
+def test_decoders_that_diverge_are_reported(tmp_path):
+    """If the similarity's decoders end up with NaN, the error suggests a lower --head-lr."""
     message = refused("--out", tmp_path / "run", "--head-lr", "10", "--head-epochs", "40",
                       "--tasks", "depth,normals", "--groups", "1,1,1,2",
                       main=diverging(train.main))
@@ -382,7 +426,7 @@ def test_decoders_that_diverge_are_named(tmp_path):
 
 
 def diverging(main):
-    """`main`, with decoders that come out as NaN."""
+    """Wrap `main`: it always measures the similarity, and puts NaN into the trained decoders."""
     def called(argv):
         real = train.finetune_decoders
 
@@ -403,7 +447,10 @@ def diverging(main):
 @pytest.mark.parametrize("source", ["", "real_"])
 def test_files_in_the_published_layouts_train(dataset, tasks, source, request, tmp_path,
                                               monkeypatch):
-    """From an archive and with its dataset's recipe, the loss falls and results are finite."""
+    """Training on an archive gives finite results, and the losses of semseg and normals fall.
+
+    eval.py can then evaluate the run.
+    """
     archive = request.getfixturevalue(f"{source}{dataset}_archive")
     monkeypatch.chdir(tmp_path)
     metrics = train.main(["--dataset", dataset, "--data-root", str(archive), "--weights", "none",
@@ -424,7 +471,8 @@ def test_files_in_the_published_layouts_train(dataset, tasks, source, request, t
 
 @pytest.mark.slow
 def test_two_images_can_be_learned_by_heart(real_nyud_archive, tmp_path):
-    """Two real images can be overfitted to a depth rmse below 0.35 m and an accuracy above 0.85."""
+    """On two real images, a run reaches a depth rmse below 0.35 m and semseg accuracy above 0.85.
+    """
     from nyud_pascal import find_dataset
     folder = find_dataset("nyud", real_nyud_archive)
     images = tmp_path / "NYUD_MT"
@@ -448,7 +496,7 @@ def test_two_images_can_be_learned_by_heart(real_nyud_archive, tmp_path):
 
 # --- several processes ----------------------------------------------------------------------------
 def torchrun(*flags):
-    """train.py in two processes of one thread each. Returns exit code, stdout and stderr."""
+    """Run train.py in two processes of one thread each. Returns exit code, stdout and stderr."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                str(ROOT / "train.py"), *map(str, flags)]
     done = subprocess.run(command, capture_output=True, text=True,
@@ -458,7 +506,11 @@ def torchrun(*flags):
 
 @pytest.mark.slow
 def test_two_processes_train_as_two_parts_of_a_batch(tree_file, tmp_path):
-    """The weights equal those of one process with --accumulate 2, and --resume works."""
+    """Two processes end with the same weights as one process with --accumulate 2, up to rounding.
+
+    A comment below names the exceptions. The finished run can be resumed, and a batch that two
+    processes cannot share evenly is refused.
+    """
     flags = [*SMALL, "--tree", tree_file, "--dropout", "0", "--drop-path", "0", "--no-flip",
              "--batch-size", "2"]
     code, text, error = torchrun(*flags, "--out", tmp_path / "two")
@@ -467,14 +519,15 @@ def test_two_processes_train_as_two_parts_of_a_batch(tree_file, tmp_path):
     train.main([*map(str, flags), "--accumulate", "2", "--out", str(tmp_path / "one")])
     two, one = read(tmp_path / "two/last.pt")["model"], read(tmp_path / "one/last.pt")["model"]
     for name, value in two.items():
-        # BatchNorm removes the bias before it, so that its gradient is only rounding. Its running
-        # statistics see all parts in one process, and those of the first process in two.
+        # Three kinds of values may differ. BatchNorm cancels the bias of the layer before it, so
+        # the gradient of that bias is only rounding error. BatchNorm's statistics and counter cover
+        # both parts of a batch with one process, but only the first process's part with two.
         if not any(part in name for part in ("head.0.bias", "running", "num_batches")):
             torch.testing.assert_close(value, one[name], rtol=1e-3, atol=1e-5, msg=name)
     code, _, error = torchrun("--resume", "--out", tmp_path / "two")
     assert code == 0, error
     code, _, error = torchrun(*flags, "--out", tmp_path / "odd", "--batch-size", "3")
-    assert code != 0 and "a batch of 3 images cannot be shared evenly by 2 processes" in error
+    assert code != 0 and "a batch of 3 images cannot be shared evenly among 2 processes" in error
 
 
 # --- bad input ------------------------------------------------------------------------------------
@@ -489,19 +542,19 @@ def test_two_processes_train_as_two_parts_of_a_batch(tree_file, tmp_path):
     (["--tree", "nowhere.json"], "nowhere.json"),
     (["--baseline", "nowhere.json"], "no file nowhere.json"),
     (["--dataset", "nyud", "--weights", "imagenet", "--data-root", "nowhere"],
-     "nowhere does not exist"),                                 # before any download
+     "nowhere does not exist"),                                 # fails before any download
     (["--device", "gpu"], "--device gpu cannot be used"),
     (["--weights", "imagenet"], "mini"),
     (["--backbone", "tiny"], "rooms_mini.pth"),
 ])
 def test_wrong_settings_end_in_one_line(flags, message, tmp_path):
-    """The error names the wrong setting, and no folder is left."""
+    """The error is one line about the wrong setting, and the run's folder is not created."""
     assert message in refused(*flags, "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_that_exists_is_never_used(whole, tmp_path):
-    """A new run refuses a folder that exists, even if another run made it a moment ago."""
+    """A new run refuses a folder that exists, even if another run has just created it."""
     out, _ = whole
     before = (out / "last.pt").read_bytes()
     assert "already exists" in refused("--out", out)
@@ -514,18 +567,21 @@ def test_a_folder_that_exists_is_never_used(whole, tmp_path):
 
 
 def test_resuming_with_other_settings_is_refused(whole, capsys):
-    """A run keeps the flags it was started with, except those about the machine."""
+    """--resume refuses a new value of --rank, but not of --log-every, which is in MAY_CHANGE.
+
+    It accepts a flag that repeats the run's value, and refuses a folder without a last.pt.
+    """
     out, _ = whole
     with pytest.raises(SystemExit):
         train.main(["--out", str(out), "--resume", "--rank", "12"])
     assert "--rank 12: the run in" in capsys.readouterr().err
-    train.main(["--out", str(out), "--resume", "--workers", "0", "--rank", "6"])
+    train.main(["--out", str(out), "--resume", "--log-every", "7", "--rank", "6"])
     message = refused("--resume", "--out", out / "missing", small=[])
     assert "nothing to resume: no file" in message and "last.pt" in message
 
 
 def test_resuming_without_what_it_needs_fails_at_once(whole, tmp_path):
-    """A missing best.pt, a last.pt that is a copy of it, and a damaged log are errors."""
+    """--resume needs best.pt, a last.pt that is not a copy of best.pt, and an undamaged log."""
     out = tmp_path / "run"
     shutil.copytree(whole[0], out)
     (out / "best.pt").unlink()
@@ -539,7 +595,10 @@ def test_resuming_without_what_it_needs_fails_at_once(whole, tmp_path):
 
 
 def test_checkpoints_that_do_not_fit_are_refused(whole, tmp_path):
-    """A checkpoint may be damaged, not ours, for another backbone, or incomplete."""
+    """eval.py refuses a checkpoint that is damaged, lacks a weight, or fits a different backbone.
+
+    It also refuses a file that is not a checkpoint of train.py.
+    """
     good, bad = whole[0] / "best.pt", tmp_path / "bad.pt"
 
     def message(path, *flags):
@@ -548,7 +607,7 @@ def test_checkpoints_that_do_not_fit_are_refused(whole, tmp_path):
     assert "is damaged" in message(bad)
     data = bytearray(good.read_bytes())
     weight = max(read(good)["model"].values(), key=torch.numel)
-    data[data.find(weight.numpy().tobytes())] ^= 1              # one bit of one number
+    data[data.find(weight.numpy().tobytes())] ^= 1              # flip one bit of one weight
     bad.write_bytes(data)
     assert "is damaged" in message(bad)
     torch.save({"weights": 1}, bad)

@@ -1,4 +1,7 @@
-"""util.py: files are whole or absent, errors are one line, progress is shown."""
+"""Tests of util.py: files are written completely or not at all, and errors are one line long.
+
+A checkpoint is loaded only if it fits the network, and progress is shown.
+"""
 
 import json
 import math
@@ -16,7 +19,10 @@ from util import (all_finite, amp_dtype, fingerprint, load_optimizer, load_train
 
 
 def test_a_write_that_fails_keeps_the_old_file(tmp_path, monkeypatch):
-    """On a full disk, the error names the file, and no temporary file stays behind."""
+    """If the disk is full, the error names the file, and the old file is kept.
+
+    The temporary file is removed.
+    """
     path = tmp_path / "last.pt"
     write_whole(path, b"first")
 
@@ -30,7 +36,7 @@ def test_a_write_that_fails_keeps_the_old_file(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_numbers_that_are_not_finite_are_never_saved(bad, tmp_path):
-    """Weights and the optimizer's nested state are both checked."""
+    """`save` refuses NaN and infinity in the weights and in the optimizer's nested state."""
     good = {"step": 3, "model": {"w": torch.ones(2)}, "optimizer": {"state": {0: torch.ones(1)}}}
     assert all_finite(good)
     for where in (good["model"], good["optimizer"]["state"]):
@@ -43,20 +49,20 @@ def test_numbers_that_are_not_finite_are_never_saved(bad, tmp_path):
 
 
 def test_json_is_strict():
-    """A number that is not finite becomes null."""
+    """`to_json` writes a number that is not finite as null."""
     text = to_json({"a": math.nan, "b": [math.inf, 1.5]})
     assert json.loads(text, parse_constant=pytest.fail) == {"a": None, "b": [None, 1.5]}
 
 
 class Trap:
-    """Runs code when it is unpickled."""
+    """An object that creates the file "trap" when it is unpickled."""
 
     def __reduce__(self):
         return Path.touch, (Path("trap"),)
 
 
 def test_a_checkpoint_runs_no_code(tmp_path, monkeypatch):
-    """Only tensors and plain data are read from a checkpoint."""
+    """`read_checkpoint` refuses a file that would run code when loaded. The code does not run."""
     monkeypatch.chdir(tmp_path)
     torch.save({"model": Trap()}, "last.pt")
     with pytest.raises(ValueError, match="last.pt is damaged, or is not a checkpoint"):
@@ -65,7 +71,10 @@ def test_a_checkpoint_runs_no_code(tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_only_fits_its_own_backbone():
-    """The fingerprint covers names and values of frozen weights, and not the trained ones."""
+    """`load_trained` replaces the trained weights.
+
+    It refuses a model with different frozen weights, and trained weights of the wrong shape.
+    """
     def network():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1), nn.BatchNorm1d(1))
@@ -85,12 +94,15 @@ def test_a_checkpoint_only_fits_its_own_backbone():
     with pytest.raises(ValueError, match="best.pt was trained on a different backbone"):
         load_trained(other, state, Path("best.pt"))
     state["model"]["1.bias"] = torch.zeros(7)
-    with pytest.raises(ValueError, match="1 weights are missing, unknown or of another shape"):
+    with pytest.raises(ValueError, match="1 weights are missing, unknown or have the wrong shape"):
         load_trained(model, state, Path("best.pt"))
 
 
 def test_an_optimizer_of_another_shape_is_refused():
-    """Moments must have the shapes of the parameters; AdamW itself does not check that."""
+    """`load_optimizer` refuses moments that do not have the shapes of the parameters.
+
+    AdamW itself does not check this.
+    """
     p = nn.Parameter(torch.ones(4))
     optimizer = torch.optim.AdamW([p])
     p.sum().backward()
@@ -102,7 +114,10 @@ def test_an_optimizer_of_another_shape_is_refused():
 
 
 def test_errors_while_reading_name_the_file(tmp_path):
-    """Our own messages are kept, and any other error becomes one line with its type."""
+    """`reading` puts the file's name in front of a ValueError's message.
+
+    Any other error becomes one line with the file's name and the error's type.
+    """
     path = tmp_path / "tree.json"
     with pytest.raises(ValueError, match="no file .*tree.json; expected a tree"):
         with reading(path, "a tree"):
@@ -118,8 +133,11 @@ def test_errors_while_reading_name_the_file(tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_a_program_ends_with_one_line_on_bad_input():
-    """An error from a data worker loses its traceback, and a bug keeps it."""
+def test_bad_input_ends_a_program_without_a_traceback():
+    """For bad input, only the message is printed, even if the error comes from a data worker.
+
+    An error of another type is a bug and keeps its traceback.
+    """
     with pytest.raises(SystemExit, match="^error: no such task$"):
         with one_line_errors():
             raise ValueError("no such task")
@@ -134,7 +152,10 @@ def test_a_program_ends_with_one_line_on_bad_input():
 
 
 def test_progress_yields_everything_and_shows_the_time_left(capsys, monkeypatch):
-    """In a log file, a line appears every 5 seconds and at the end."""
+    """If stdout is not a terminal, `progress` prints a line at most every 5 seconds and at the end.
+
+    Work that takes less than 5 seconds prints nothing.
+    """
     now = [0.0]
     monkeypatch.setattr(util.time, "monotonic", lambda: now[0])
     seen = []
@@ -149,10 +170,20 @@ def test_progress_yields_everything_and_shows_the_time_left(capsys, monkeypatch)
 
 
 def test_devices_and_precisions():
-    """The error names a missing device; a CPU uses mixed precision only if asked to."""
+    """If a device cannot be used, the error names it. On a CPU, --amp auto means float32."""
     cpu = pick_device("cpu")
     for name in ("gpu", "meta"):
         with pytest.raises(ValueError, match=f"--device {name} cannot be used"):
             pick_device(name)
     assert amp_dtype("auto", cpu) is None and amp_dtype("off", cpu) is None
     assert amp_dtype("bf16", cpu) is torch.bfloat16 and amp_dtype("fp16", cpu) is torch.float16
+
+
+@pytest.mark.parametrize("emulated, expected", [(True, torch.float16), (False, torch.bfloat16)])
+def test_auto_uses_bf16_only_on_a_gpu_that_has_it(monkeypatch, emulated, expected):
+    """--amp auto picks bf16 on a GPU that supports it, and fp16 on one that would emulate it."""
+    def supported(including_emulation=True):
+        return including_emulation or not emulated
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert amp_dtype("auto", torch.device("cuda")) is expected

@@ -1,4 +1,5 @@
-"""weights.py: published layouts load completely or not at all; downloads from a local server."""
+"""Tests of weights.py: files in the published layouts are loaded completely or not at all.
+Downloads come from a local server."""
 
 import hashlib
 
@@ -20,7 +21,8 @@ def small_swin():
 
 @pytest.fixture(scope="module")
 def official():
-    """Weights in the layout of the official checkpoint, with its classifier and its tables."""
+    """Random weights in the official layout, plus some tensors that load_weights leaves out, which
+    belong to the final norm, the classifier and precomputed tables."""
     torch.manual_seed(0)
     state = small_swin().state_dict()
     for key in state:
@@ -52,7 +54,8 @@ def assert_same(state, official):
 # --- layouts (test_swin.py loads torchvision's) ---------------------------------------------------
 @pytest.mark.parametrize("key", ["model", "state_dict", None])
 def test_official_layout(official, tmp_path, capsys, key):
-    """A file loads as it is, or wrapped in a dict, and says how many tensors it gave."""
+    """The tensors may be wrapped in a dict, under "model" or "state_dict". The number of loaded
+    tensors is printed."""
     path = save(tmp_path, {key: official, "epoch": 3} if key else official)
     assert_same(loaded(path), official)
     count = len(small_swin().state_dict())
@@ -61,7 +64,7 @@ def test_official_layout(official, tmp_path, capsys, key):
 
 
 def test_timm_layout(official, tmp_path):
-    """timm keeps the official names, but its stages begin with the patch merging."""
+    """In timm's layout, patch merging begins a stage, and the classifier has a different name."""
     state = {}
     for key, value in official.items():
         for stage in (0, 1, 2):
@@ -75,11 +78,13 @@ def test_timm_layout(official, tmp_path):
 # --- errors ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name, value, message", [
     ("layers.2.blocks.1.attn.qkv.bias", None, "1 missing: layers.2.blocks.1.attn.qkv.bias"),
-    ("features.1", torch.ones(1), "1 unexpected: features.1"),      # as a VGG names its weights
+    # an unknown name that begins like torchvision's names
+    ("features.1", torch.ones(1), "1 unexpected: features.1"),
     ("patch_embed.norm.weight", torch.ones(7),
      r"1 misshapen: patch_embed.norm.weight \(7,\), expected \(16,\)")])
 def test_incomplete_weights_are_refused_by_name(official, tmp_path, name, value, message):
-    """If one tensor is missing, unexpected or misshapen, nothing is loaded."""
+    """If one tensor is missing, unexpected or misshapen, the error names it and nothing is loaded.
+    """
     state = {**official, name: value}
     if value is None:
         del state[name]
@@ -92,36 +97,40 @@ def test_incomplete_weights_are_refused_by_name(official, tmp_path, name, value,
 
 
 def test_a_damaged_file_is_refused(official, tmp_path):
-    """A single flipped bit is noticed by the checksums of the zip archive."""
+    """A file is refused if a bit was flipped, if it is not a checkpoint, or if it holds a list."""
     path = save(tmp_path, official)
     raw = bytearray(path.read_bytes())
     raw[len(raw) // 2] ^= 1
     for content in (raw, b"no checkpoint"):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="weights.pth is damaged or is not a PyTorch checkp"):
+        with pytest.raises(ValueError, match="weights.pth is damaged, is not a PyTorch check"):
             loaded(path)
+    with pytest.raises(ValueError, match="weights.pth holds a list; expected a dict of tensors"):
+        loaded(save(tmp_path, [1, 2]))
 
 
 def test_weights_that_do_not_exist():
-    """The error lists the sources and presets that exist."""
+    """If a file does not exist, the error lists the allowed sources. If a preset has no published
+    weights, the error lists the presets that have some."""
     with pytest.raises(ValueError, match="no file none.pth; expected imagenet, torchvision, or"):
         loaded("none.pth")
     for source in ("imagenet", "torchvision"):
-        with pytest.raises(ValueError, match=f"no {source} weights exist for backbone 'mini'; "
-                                             "expected one of tiny, small, base"):
+        with pytest.raises(ValueError, match=f"--weights {source} exists only for the backbones "
+                                             "tiny, small, base, not for mini"):
             loaded(source, "mini")
 
 
 # --- downloads ------------------------------------------------------------------------------------
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """An empty folder for torch's downloads."""
+    """Let torch cache downloads in a new folder, and return the path of that folder."""
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
     return tmp_path / "hub/checkpoints"
 
 
 def test_imagenet_is_downloaded_once(official, monkeypatch, server, cache):
-    """The second time, the file comes from torch's cache; an error gives the address."""
+    """The second time, the file comes from torch's cache. The error for a failed download names the
+    address."""
     folder, address = server
     path = save(folder, {"model": official}).rename(folder / "swin_tiny.pth")
     monkeypatch.setattr(weights, "OFFICIAL_URL", address + "/swin_{name}.pth")
@@ -133,7 +142,8 @@ def test_imagenet_is_downloaded_once(official, monkeypatch, server, cache):
 
 
 def test_torchvisions_checksum_is_compared(monkeypatch, server, cache):
-    """The checksum is part of the file's name, and a file that does not match is not kept."""
+    """The name of a torchvision file contains the first digits of its checksum. A download with a
+    different checksum is not kept, and raises an error."""
     folder, address = server
     path = save(folder, TorchvisionSwin([4, 4], window_size=[7, 7], **SMALL).state_dict())
     checksum = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
@@ -154,7 +164,7 @@ def test_torchvisions_checksum_is_compared(monkeypatch, server, cache):
     ("torchvision", "small", "https://download.pytorch.org/models/swin_s-5e29d889.pth"),
     ("torchvision", "base", "https://download.pytorch.org/models/swin_b-68c6b09e.pth")])
 def test_addresses(monkeypatch, source, name, url):
-    """Every preset downloads its own published file."""
+    """Weights are requested from the addresses where they are published."""
     asked = []
 
     def fetch(url):

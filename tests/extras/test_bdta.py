@@ -1,4 +1,4 @@
-"""extras/bdta.py: the paper's parameter counts, and its equations one by one."""
+"""Tests of extras/bdta.py: parameter counts and equations are those of the BDTA paper."""
 
 import math
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ OUTPUTS = {"pascal": (21, 7, 1, 3), "nyud": (40, 1, 3)}
 
 
 def network(**options):
-    """A small network whose gammas and offsets no longer have their initial values."""
+    """A small network with random gammas, sampling offsets and attention weights."""
     torch.manual_seed(0)
     model = BDTANet(build_swin("mini", embed_dim=16), TASKS, **options)
     for name, p in model.named_parameters():
@@ -35,8 +35,11 @@ def network(**options):
     ("pascal", "tiny", dict(mixture=False), 1_961_516),
     ("pascal", "tiny", dict(directions=("g2t",)), 2_105_902),
     ("pascal", "tiny", dict(directions=("t2g",)), 2_105_902)])
-def test_parameters_are_the_papers(dataset, name, options, count):
-    """The counts are those of tables 1, 2, 4 and 5, and the backbone is not trained."""
+def test_parameters_are_those_of_the_paper(dataset, name, options, count):
+    """The numbers of trained parameters match tables 1, 2, 4 and 5 of BDTA's paper.
+
+    The backbone is not trained. The paper has no NYUD row; that number only guards against changes.
+    """
     tasks = [SimpleNamespace(name=str(i), outputs=n) for i, n in enumerate(OUTPUTS[dataset])]
     with torch.device("meta"):
         model = BDTANet(build_swin(name), tasks, **options)
@@ -45,7 +48,10 @@ def test_parameters_are_the_papers(dataset, name, options, count):
 
 
 def test_all_macs_are_near_pytorchs_counter():
-    """Our MACs are at most 3 % above PyTorch's count, which leaves out the biases."""
+    """`macs_all` is at most 3 % above PyTorch's count, which leaves out the biases.
+
+    The multiply-accumulates of eq. 11 are also compared with a count by hand.
+    """
     from cost import count_macs
     model = network().eval()
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
@@ -58,7 +64,10 @@ def test_all_macs_are_near_pytorchs_counter():
 
 # --- deformable attention -------------------------------------------------------------------------
 def attention(dim=8, heads=4, points=3):
-    """Attention with offsets and weights that depend on the query; some places are off the map."""
+    """Deformable attention whose sampling positions and weights depend on the query.
+
+    Some sampling positions are outside the map.
+    """
     torch.manual_seed(0)
     layer = DeformableAttention(dim, heads, points)
     for linear in (layer.sampling_offsets, layer.attention_weights):
@@ -67,7 +76,10 @@ def attention(dim=8, heads=4, points=3):
 
 
 def bilinear(value, y, x):
-    """value (H, W, c) at a place in pixels from the first pixel's centre; zero outside the map."""
+    """Interpolate value (H, W, c) at (y, x), in pixels from the first pixel's centre.
+
+    Values outside the map are zero.
+    """
     total = torch.zeros(value.shape[2])
     for row in (math.floor(y), math.floor(y) + 1):
         for column in (math.floor(x), math.floor(x) + 1):
@@ -78,7 +90,7 @@ def bilinear(value, y, x):
 
 @torch.no_grad()
 def test_attention_equals_a_loop_over_queries_heads_and_points():
-    """A plain loop agrees for a value map of another size than the query's."""
+    """Deformable attention equals a plain loop. The value map is larger than the query map."""
     H, W, h, w = 4, 3, 6, 5
     layer = attention()
     query, value = torch.randn(2, H, W, 8), torch.randn(2, h, w, 8)
@@ -98,7 +110,11 @@ def test_attention_equals_a_loop_over_queries_heads_and_points():
 
 
 def test_attention_starts_as_in_deformable_detr():
-    """Head i looks in direction i, its point p is p pixels away, and all weights are equal."""
+    """Initially, head i reads in the i-th direction from every query, 1, 2, 3 and 4 pixels away.
+
+    The value and output projections start with Xavier initialisation. A number of heads that does
+    not divide the channels is an error.
+    """
     layer = DeformableAttention(8, heads=4)
     rays = torch.tensor([[1., 0], [0, 1], [-1, 0], [0, -1]])
     start = layer.sampling_offsets.bias.view(4, 4, 2)
@@ -113,8 +129,11 @@ def test_attention_starts_as_in_deformable_detr():
         DeformableAttention(8)
 
 
-def test_places_are_exact_under_autocast():
-    """At the far end of a row of 200 pixels, bfloat16 would miss the pixel of the query."""
+def test_sampling_positions_are_exact_under_autocast():
+    """Under autocast, each of 200 queries reads its own pixel, not a mix of two.
+
+    Sampling positions in bfloat16 would be too imprecise for this.
+    """
     layer = DeformableAttention(4, heads=1, points=1)
     nn.init.zeros_(layer.sampling_offsets.bias)
     nn.init.eye_(layer.value_proj.weight)
@@ -126,7 +145,7 @@ def test_places_are_exact_under_autocast():
 
 # --- the equations --------------------------------------------------------------------------------
 def mlp(module, x):
-    """Two linear layers and a GELU between them, from the module's weights."""
+    """Apply the module's two linear layers with a GELU between them."""
     return module[2](F.gelu(module[0](x)))
 
 
@@ -136,8 +155,9 @@ def norm(module, x):
 
 
 @torch.no_grad()
-def test_a_direction_is_equations_4_and_5():
-    """The module equals the equations for each task, on inputs so small that epsilons matter."""
+def test_direction_equals_equations_4_and_5():
+    """`Direction` equals eq. 4 and 5 for each task, on inputs so small that LayerNorm's epsilon
+    matters."""
     torch.manual_seed(0)
     module = Direction(8, 2)
     queries, values = torch.randn(2, 3, 4, 5, 8) * 2e-3, torch.randn(2, 3, 4, 5, 8) * 2e-3
@@ -152,8 +172,11 @@ def test_a_direction_is_equations_4_and_5():
 
 
 @torch.no_grad()
-def test_a_module_is_equations_3_and_8():
-    """T2G reads the result of G2T; with one direction, the module projects only that result."""
+def test_bdta_equals_equations_3_and_8():
+    """T2G (task-to-general) reads the result of G2T (general-to-task).
+
+    The sum of both results is projected, or the single result if only one direction is used.
+    """
     torch.manual_seed(0)
     module = BDTA(16, 2)
     bypass, main = torch.randn(2 * 3, 4, 5, 16), torch.randn(3, 4, 5, 16)
@@ -168,7 +191,7 @@ def test_a_module_is_equations_3_and_8():
 
 
 @torch.no_grad()
-def test_gates_are_equation_10():
+def test_gates_equal_equation_10():
     """In eval mode, gates are the softmax of the pooled scores without noise; gamma starts at 0."""
     torch.manual_seed(0)
     experts = TaskExperts(32, 8, 3, bias=True, mixture=True).eval()
@@ -180,7 +203,7 @@ def test_gates_are_equation_10():
 
 @torch.no_grad()
 def test_gates_are_noisy_in_training():
-    """The noise of a score has the deviation softplus(e)."""
+    """In training, the noise added to a score has the standard deviation softplus(e)."""
     torch.manual_seed(0)
     router, main = Router(32, 3).train(), torch.randn(2, 4, 6, 32)
     e = torch.stack([mlp(module, main).mean((1, 2)) for module in router.noise], 1)
@@ -194,13 +217,16 @@ def test_gates_are_noisy_in_training():
 
 
 @torch.no_grad()
-def test_the_network_is_the_papers_in_the_papers_order():
-    """Upsampling first (eq. 9), then mixing (eq. 11) and W_t gives the same, at odd sizes."""
+def test_predictions_equal_those_of_the_papers_order():
+    """Predictions equal those in the paper's order: upsample (eq. 9), mix (eq. 11), apply W_t.
+
+    `BDTANet` upsamples after it has applied W_t. The width of the image is odd.
+    """
     model, image, T = network().eval(), torch.randn(2, 3, 72, 101), 3
     main = model.backbone.patch_embed(image)
     bypass, size, mixtures = main.repeat(T, 1, 1, 1), main.shape[1:3], []
     for i, (stage, experts) in enumerate(zip(model.backbone.layers, model.experts)):
-        main = stage.blocks(main)                                       # before the merging
+        main = stage.blocks(main)                                       # no patch merging yet
         bypass = model.bypass[i](bypass, main)
         maps = []
         for project, x in zip(experts.project, bypass.chunk(T)):
@@ -224,7 +250,10 @@ def test_the_network_is_the_papers_in_the_papers_order():
 
 # --- the frozen backbone --------------------------------------------------------------------------
 def test_gradients_pass_the_mergings_and_nothing_else_of_the_backbone():
-    """If only the last stage's experts are used, the first stage's bypass still gets gradients."""
+    """Gradients reach the first stage's bypass even if only the last stage's experts are used.
+
+    The backbone's blocks run without gradients, and none of its weights gets a gradient.
+    """
     model, seen = network(), []
     for stage in model.backbone.layers:
         for block in stage.blocks:

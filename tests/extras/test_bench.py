@@ -1,4 +1,4 @@
-"""extras/bench.py runs and computes its columns; the measured times are not tested."""
+"""Tests of extras/bench.py: the rows of its tables and how numbers are computed, but no times."""
 
 from argparse import Namespace
 
@@ -11,7 +11,7 @@ TINY = ["--backbone", "mini", "--size", "64", "--rounds", "1", "--device", "cpu"
 
 
 def test_sides_take_turns_and_the_first_round_is_not_counted():
-    """In three rounds two sides run as a, b, a, b, a, b, and the last two rounds are timed."""
+    """Two sides of a comparison run in turn for three rounds. The first round is not counted."""
     calls = []
     args = Namespace(device=torch.device("cpu"), rounds=2)
     seconds = bench.take_turns(args, {"a": lambda: calls.append("a"),
@@ -21,7 +21,7 @@ def test_sides_take_turns_and_the_first_round_is_not_counted():
 
 
 def test_a_row_by_hand():
-    """Side b has a median of 3 s and quartiles of 2 and 4 s; 2 is the median of its ratios."""
+    """Side b has a median of 3 s, quartiles of 2 and 4 s, and a median ratio of 2 to side a."""
     seconds = {"a": [1.0, 2.0, 1.0, 2.0, 1.0], "b": [1.0, 2.0, 3.0, 4.0, 5.0]}
     first, second = bench.make_rows("step", seconds, {"b": 6.0}, {"b": 1.5})
     assert first["ratio"] == 1 and first["gmacs"] is None and first["peak_gib"] is None
@@ -35,7 +35,10 @@ def test_a_row_by_hand():
 @pytest.mark.parametrize("flags, backbone_factor, decoder_factor", [
     ("--method full", 3, 3), ("--groups 1,1,1,1", 2, 2), ("--method decoders", 1, 3)])
 def test_the_work_of_a_step(flags, backbone_factor, decoder_factor):
-    """A step costs 3 forward passes, 2 through frozen weights, and 1 without any gradient."""
+    """A step's GMACs are estimated as 3 forward passes, or as 2 with frozen weights and adapters.
+
+    With --method decoders, the backbone counts as one forward pass, and the decoders as 3.
+    """
     args = Namespace(device=torch.device("cpu"), backbone="mini", size=32, batch=2, amp="off")
     _, gmacs = bench.step_of(args, flags)
     model, _, _ = bench.network(args, flags)
@@ -47,7 +50,7 @@ def test_the_work_of_a_step(flags, backbone_factor, decoder_factor):
 
 @pytest.mark.slow
 def test_every_section_prints_its_rows(capsys):
-    """Every section runs with tiny networks, and its rows are consistent."""
+    """Every section runs on a CPU and prints its rows, with each median between its quartiles."""
     rows = {}
     for row in bench.main(TINY):
         rows[row["section"], row["row"]] = row
@@ -64,11 +67,11 @@ def test_every_section_prints_its_rows(capsys):
     assert ("inference MTLoRA, batch 2", "merged") in rows
     assert ("similarity", "search, 200 tasks, 20 groups") in rows
     assert "images/s" in rows["rooms, one image", "one process"]["note"]
-    assert "a step waits" in rows["rooms in memory, batch 8", "fetch"]["note"]
+    assert "of a step" in rows["rooms in memory, batch 8", "fetch"]["note"]
 
 
 def test_the_rows_of_a_training_step(monkeypatch):
-    """The GMACs of four single networks are added up, and --compile adds a row."""
+    """One row adds up the GMACs of four single-task networks. --compile adds another row."""
     compiled = []                       # real compilation would take minutes
     monkeypatch.setattr(torch.nn.Module, "compile", lambda model, **how: compiled.append(model))
     monkeypatch.setattr(bench, "TRAINED", {"decoders": "--method decoders"})
@@ -83,7 +86,10 @@ def test_the_rows_of_a_training_step(monkeypatch):
 
 
 def test_the_data_section(nyud_archive, monkeypatch):
-    """If every side takes 8 s, each of four images takes 2 s, and a step waits half of the time."""
+    """The times are faked: reading all four images, fetching, and training take 8 s each.
+
+    One image then takes 2 s, and fetching is half of a step, which is fetching plus training.
+    """
     def take_turns(args, sides):
         for side in sides.values():
             side()
@@ -95,4 +101,4 @@ def test_the_data_section(nyud_archive, monkeypatch):
     rows = {row["row"]: row for row in bench.measure_data(args, "nyud", flags)}
     assert list(rows) == ["one process", "fetch", "step"]
     assert rows["one process"]["ms"] == 2000 and rows["one process"]["note"] == "0.5 images/s"
-    assert rows["step"]["ms"] == 8000 and rows["fetch"]["note"] == "a step waits 50.00%"
+    assert rows["step"]["ms"] == 8000 and rows["fetch"]["note"] == "50.00% of a step"

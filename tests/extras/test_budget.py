@@ -1,4 +1,5 @@
-"""extras/budget.py: groups that a budget allows, and the local search for many tasks."""
+"""Tests of extras/budget.py: a budget leads to the right groups, and the local search for many
+tasks finds good partitions."""
 
 import math
 
@@ -22,12 +23,18 @@ def candidates():
     ("pascal", 50, (1, 2, 3, 4)), ("pascal", 41.4, (1, 2, 2, 4)), ("pascal", 38.4, (1, 1, 2, 4)),
     ("pascal", 1e9, (1, 2, 3, 4)), ("nyud", 34.7, (1, 1, 2, 3)), ("nyud", 30, (1, 1, 1, 3))])
 def test_the_papers_budgets_give_the_papers_groups(candidates, dataset, gmacs, groups):
-    """The budgets and the groups are those of table 3 and section 9."""
+    """A budget just above the GMACs in the paper's table 3 or section 9 gives the paper's groups.
+
+    A much larger budget also gives the paper's groups. A budget of 30 on NYUD gives fewer groups.
+    """
     assert choose(candidates[dataset], gmacs).groups == groups
 
 
 def test_each_candidate_costs_as_much_as_its_network(candidates):
-    """The frontier has the costs of separate networks, and the most expensive one comes first."""
+    """Three of PASCAL's seven candidates cost as much as the networks that are built for them.
+
+    The candidates are sorted by GMACs, the most expensive first.
+    """
     assert [c.groups for c in candidates["pascal"]] == [
         (1, 2, 3, 4), (1, 2, 2, 4), (1, 1, 2, 4), (1, 1, 2, 3), (1, 1, 1, 3), (1, 1, 1, 2),
         (1, 1, 1, 1)]
@@ -42,7 +49,10 @@ def test_each_candidate_costs_as_much_as_its_network(candidates):
 @pytest.mark.parametrize("flags", ["--tasks depth,sal,edge,normals,human_parts",
                                    "--tasks depth --backbone pvt_v2_b0 --weights none"])
 def test_any_tasks_and_backbone_have_a_frontier(flags):
-    """A frontier goes from the paper's groups to 1,1,1,1, and each candidate fits its own cost."""
+    """A frontier goes from `paper_groups` to 1,1,1,1, with one group fewer in each step.
+
+    If the budget equals the cost of a candidate, that candidate is chosen.
+    """
     config = parse_arguments(flags.split())
     before = config.groups
     candidates = frontier(config)
@@ -59,13 +69,16 @@ def test_any_tasks_and_backbone_have_a_frontier(flags):
     (0, "finite positive number"), (math.inf, "finite positive number"),
     (21.4, "--budget-gmacs 21.4: .* needs 21.45")])
 def test_impossible_budgets_are_refused(candidates, budget, message):
-    """A budget must be finite, positive, and at least the cost of one group in each stage."""
+    """A budget must be finite, positive, and enough for one group in each stage."""
     with pytest.raises(ValueError, match=message):
         choose(candidates["pascal"], budget)
 
 
 def test_the_command_prints_the_frontier_and_how_to_train(capsys):
-    """The command marks the choice and passes flags on; flags that choose groups are refused."""
+    """The command marks the chosen groups, and prints how to train with them and the given flags.
+
+    Flags that choose the groups, the tree or another method are an error.
+    """
     main(["--budget-gmacs", "30", "--dataset", "nyud", "--rank", "60"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split() for line in lines[:3]] == [
@@ -79,7 +92,7 @@ def test_the_command_prints_the_frontier_and_how_to_train(capsys):
 
 # --- many tasks -----------------------------------------------------------------------------------
 def test_a_neighbour_is_the_best_of_all_moves_and_swaps():
-    """The gain is the difference in score, and no other move or swap has a larger one."""
+    """`best_neighbour` finds the largest gain in score among all moves of a task and all swaps."""
     rng = np.random.default_rng(1)
     for _ in range(20):
         sim = rng.normal(size=(7, 7))
@@ -105,7 +118,10 @@ def test_a_neighbour_is_the_best_of_all_moves_and_swaps():
 
 
 def test_the_local_search_nearly_always_finds_the_optimum():
-    """On 100 random matrices of seven tasks, at most one result is worse, and by at most 1 %."""
+    """For 100 random similarity matrices of seven tasks, at most one score is below the optimum.
+
+    No score is more than 1 % below the optimum.
+    """
     rng = np.random.default_rng(0)
     worse = 0
     for i in range(100):
@@ -122,7 +138,10 @@ def test_the_local_search_nearly_always_finds_the_optimum():
 
 
 def test_many_tasks_get_a_tree():
-    """For 60 tasks in 8 clusters, the clusters are recovered in every call."""
+    """For 60 tasks in 8 clusters, the groups in the last stage of the tree are these clusters.
+
+    Another call of the search gives the same partition, and `sim` is not changed.
+    """
     rng = np.random.default_rng(2)
     cluster = rng.permutation(np.arange(60) % 8)
     same = cluster[:, None] == cluster
@@ -136,7 +155,7 @@ def test_many_tasks_get_a_tree():
 
 
 def test_the_local_search_ends_where_nothing_improves():
-    """The search ends at the same partition in every call, though many are nearly as good."""
+    """No move or swap improves the result of the search. Another call gives the same partition."""
     sim = np.random.default_rng(3).normal(size=(40, 40))
     partition = near_best_partition(sim, 6)
     assert partition == near_best_partition(sim, 6)
@@ -149,7 +168,7 @@ def test_the_local_search_ends_where_nothing_improves():
 
 
 def test_bad_input_is_refused():
-    """The errors are those of the exact search."""
+    """An impossible number of groups and a similarity that is not finite are errors."""
     with pytest.raises(ValueError, match="cannot split 3 tasks into 4 groups"):
         near_best_partition(np.zeros((3, 3)), 4)
     with pytest.raises(ValueError, match="expected a finite number"):

@@ -1,4 +1,4 @@
-"""extras/check.py: every fault in a dataset is listed, and a usable dataset passes."""
+"""Tests of extras/check.py: faults of several kinds are listed, and usable datasets pass."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ from nyud_pascal import find_dataset
 
 
 def run_check(capsys, folder, dataset="nyud"):
-    """The output of `python -m extras.check`, and the error that it ends with, or 0."""
+    """Run extras.check. Returns its output, and its error message or 0."""
     error = 0
     try:
         check.main(["--dataset", dataset, "--data-root", str(folder)])
@@ -25,7 +25,7 @@ def run_check(capsys, folder, dataset="nyud"):
 
 
 def test_a_generated_dataset_is_usable(nyud_folder, capsys):
-    """The printed numbers are those of the files, computed here in another way."""
+    """A correct dataset passes. Printed numbers equal those computed here from its files."""
     text, error = run_check(capsys, nyud_folder)
     lines = text.splitlines()
     assert error == 0 and lines[-1] == f"{nyud_folder} is usable"
@@ -48,14 +48,14 @@ def test_a_generated_dataset_is_usable(nyud_folder, capsys):
 
 
 def test_pascal_is_usable_too(pascal_folder, capsys):
-    """Images without a person are listed, but they are not a fault."""
+    """PASCAL images without a person are listed, but they are not a fault."""
     text, error = run_check(capsys, pascal_folder, "pascal")
     assert error == 0
     assert "images without a valid pixel: 2 (2008_000009, 2008_000019)" in text
 
 
 def test_real_datasets_are_usable(real_nyud_archive, real_pascal_archive, capsys):
-    """Depths are in metres, and class shares are those of the files."""
+    """Real files of both datasets pass, with the expected depths and class shares."""
     text, error = run_check(capsys, find_dataset("nyud", real_nyud_archive))
     assert error == 0 and "train: 4 of 4 images readable, 425x560 to 480x640" in text
     assert "depth        valid  58.1%   1.39 to 9.48 m, mean 3.75" in text
@@ -65,7 +65,7 @@ def test_real_datasets_are_usable(real_nyud_archive, real_pascal_archive, capsys
 
 
 def test_every_fault_is_listed(nyud_folder, capsys):
-    """One run lists all of them, each with its file, and ends with an error."""
+    """One run lists all nine faults of a damaged dataset, and ends with an error."""
     folder = nyud_folder
     np.save(folder / "normals/464.npy", np.load(folder / "normals/464.npy") * 0.5)
     np.save(folder / "depth/464.npy", np.load(folder / "depth/464.npy") * 1000)
@@ -94,13 +94,13 @@ def test_every_fault_is_listed(nyud_folder, capsys):
 
 @pytest.mark.slow
 def test_the_file_that_crashes_its_reader_is_shown(pascal_folder):
-    """A crash of Python cannot be caught, but the last line on stderr names the file."""
+    """If reading a file crashes Python, the last line on stderr names that file."""
     script = ("import os, nyud_pascal\n"
               "nyud_pascal.read_mat = lambda *_: os.abort()\n"
               "from extras import check\n"
               f"check.main(['--dataset', 'pascal', '--data-root', {str(pascal_folder)!r}])\n")
     root = Path(nyud_pascal.__file__).parent
-    environment = {**os.environ, "PYTHONFAULTHANDLER": ""}      # which would print as well
+    environment = {**os.environ, "PYTHONFAULTHANDLER": ""}      # print no traceback to stderr
     crashed = subprocess.run([sys.executable, "-c", script], cwd=root, env=environment,
                              capture_output=True, text=True)
     shown = crashed.stderr.splitlines()[-1]

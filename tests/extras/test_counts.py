@@ -1,4 +1,4 @@
-"""The methods and the backbone in extras/ cost as much as their papers say."""
+"""Tests of what the methods and the backbone in extras/ cost: trained parameters and MACs."""
 
 import pytest
 from conftest import costs
@@ -15,7 +15,11 @@ from conftest import costs
     ("--dataset pascal --method bdta", 2_358_460, None),
     ("--dataset pascal --backbone pvt_v2_b0 --method full", 3_409_760 + 1_462_784, None)])
 def test_trained_parameters_and_macs(flags, trainable, gmacs):
-    """These flags give the papers' counts; GMACs are of linear and convolution layers."""
+    """Trained parameters and GMACs are those in docs/RESULTS.md, which rounds them.
+
+    GMACs are counted as in TGLoRA's table 3. The page has no row for PVT v2 b0. Its count is the
+    backbone's parameters plus the decoders'.
+    """
     count = costs(*flags.split())
     assert count["trainable"] == trainable
     if gmacs is not None:

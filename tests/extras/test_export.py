@@ -1,4 +1,5 @@
-"""extras/export.py: a merged graph that runs without this repository, and a trained backbone."""
+"""Tests of extras/export.py: a merged graph runs without this repository, and an exported backbone
+can be loaded."""
 
 import subprocess
 import sys
@@ -17,14 +18,17 @@ FLAGS = ("--tasks semseg,depth,normals --size 32 --train-rooms 4 --val-rooms 2 -
 
 
 def trained(folder: Path, *flags: str) -> Path:
-    """best.pt of a tiny run with these flags."""
+    """Train a tiny network with FLAGS and these flags. Returns the path of its best.pt."""
     train.main([*FLAGS, *flags, "--out", str(folder)])
     return folder / "best.pt"
 
 
 @pytest.mark.slow
 def test_a_merged_network_runs_without_this_repository(tmp_path, capsys):
-    """In another folder, the graph predicts batches of any size as the network of the run does."""
+    """The graph runs in another folder, on a batch of one image and on a batch of three.
+
+    Its predictions for the three images are compared with those of the run's network.
+    """
     checkpoint = trained(tmp_path / "run", "--groups", "1,1,1,3")
     path = tmp_path / "merged.pt2"
     export.main(["--checkpoint", str(checkpoint), "--merge", str(path)])
@@ -50,7 +54,7 @@ def test_a_merged_network_runs_without_this_repository(tmp_path, capsys):
 
 
 class Doubling(torch.nn.Module):
-    """Predicts `factor` times its input."""
+    """A network that predicts `factor` times its input."""
 
     factor = 2.0
 
@@ -60,26 +64,26 @@ class Doubling(torch.nn.Module):
 
 @pytest.mark.parametrize("factor", [2.001, float("nan")])
 def test_a_wrong_merge_is_noticed_and_leaves_no_file(tmp_path, monkeypatch, factor):
-    """The exported graph is compared with the network as it was before merging."""
+    """If merging changes the predictions or makes them NaN, the export fails and leaves no file."""
     def wrong(model):
         model.factor = factor
         return model
 
     monkeypatch.setattr(export, "merge", wrong)
-    with pytest.raises(ValueError, match="the merged network's predictions differ by"):
+    with pytest.raises(ValueError, match="the merged network's predictions differ from"):
         export.export_merged(Doubling(), (8, 8), tmp_path / "merged.pt2")
     assert not list(tmp_path.iterdir())
 
 
 def test_the_difference_is_the_worst_task_relative_to_its_largest_value():
-    """An error of 0.5 in 10 is 5 %, and one of 0.2 in 2 is 10 %, which is the worst."""
+    """An error of 0.5 in 10 is 5 %, and one of 0.2 in 2 is 10 %. The larger one, 10 %, counts."""
     expected = {"a": torch.tensor([10.0, -1.0]), "b": torch.tensor([1.0, -2.0])}
     predictions = {"a": torch.tensor([10.0, -0.5]), "b": torch.tensor([1.2, -2.0])}
     assert export.largest_difference(predictions, expected) == pytest.approx(0.1)
 
 
 def test_a_backbone_is_exported_under_the_names_that_weights_reads(tmp_path):
-    """load_weights reads the exported backbone of a --method full run, up to fp16's rounding."""
+    """`load_weights` reads an exported backbone: the run's weights, rounded to fp16."""
     checkpoint = trained(tmp_path / "full", "--method", "full")
     path = tmp_path / "backbone.pth"
     export.main(["--checkpoint", str(checkpoint), "--export-backbone", str(path)])
@@ -91,8 +95,8 @@ def test_a_backbone_is_exported_under_the_names_that_weights_reads(tmp_path):
 
 
 def test_a_frozen_backbone_is_not_exported(tmp_path):
-    """A frozen backbone still has the weights that the run started from, so this is an error."""
-    with pytest.raises(ValueError, match="--method tglora, which keeps the backbone frozen"):
+    """Exporting the backbone of a run is an error unless its --method was full."""
+    with pytest.raises(ValueError, match="--method tglora, which does not train the whole"):
         export.export_backbone(None, "tglora", tmp_path / "backbone.pth")
     assert not list(tmp_path.iterdir())
 
@@ -102,6 +106,6 @@ def test_no_file_is_overwritten(tmp_path, write):
     """Exporting to a file that exists is an error, and the file keeps its content."""
     path = tmp_path / "file"
     path.write_text("precious")
-    with pytest.raises(ValueError, match="file exists already; choose another name"):
+    with pytest.raises(ValueError, match="file already exists; choose another name"):
         write(None, "full", path)
     assert path.read_text() == "precious"

@@ -1,4 +1,5 @@
-"""Whole runs of train.py and eval.py with every --method and with another --backbone."""
+"""Tests of whole runs of train.py and eval.py, with every --method except tglora, and with TGLoRA
+on PVT v2."""
 
 import json
 
@@ -14,7 +15,10 @@ SMALL = ["--tasks", "semseg,depth,normals", "--train-rooms", "4", "--val-rooms",
 
 
 def assert_resumes_and_evaluates(flags, out, monkeypatch, capsys):
-    """A run stopped after its first epoch ends like one that was not, and eval.py agrees."""
+    """Stop a run after its first epoch, resume it, and compare it with a run that was not stopped.
+
+    Metrics and weights must be equal, and eval.py must give the same results. Returns the metrics.
+    """
     metrics = train.main([*SMALL, *flags, "--out", str(out / "whole")])
     save, saved = train.save, []
 
@@ -43,7 +47,7 @@ def assert_resumes_and_evaluates(flags, out, monkeypatch, capsys):
     "mtlora", "bdta", *(pytest.param(method, marks=pytest.mark.slow)
                         for method in ("mtlora+", "full", "decoders"))])
 def test_every_method_trains_resumes_and_evaluates(method, tmp_path, monkeypatch, capsys):
-    """Each method runs two steps and trains adapters, decoders and others as it should."""
+    """Each method's run can be resumed and evaluated, and trains the right parts of the network."""
     metrics = assert_resumes_and_evaluates(["--method", method], tmp_path, monkeypatch, capsys)
     assert (metrics["others"] > 0) == (method in ("mtlora", "mtlora+", "full"))
     assert (metrics["adapters"] > 0) == (method in ("mtlora", "mtlora+", "bdta"))
@@ -52,7 +56,7 @@ def test_every_method_trains_resumes_and_evaluates(method, tmp_path, monkeypatch
 
 @pytest.mark.slow
 def test_another_backbone_trains_resumes_and_evaluates(tmp_path, monkeypatch, capsys):
-    """TGLoRA runs on PVT v2 b0, and the similarity is measured on that backbone."""
+    """A run of TGLoRA on PVT v2 b0 builds its tree from the similarity, resumes and evaluates."""
     flags = ["--backbone", "pvt_v2_b0", "--weights", "none", "--sim-images", "2", "--head-epochs",
              "1", "--rank", "6"]
     metrics = assert_resumes_and_evaluates(flags, tmp_path, monkeypatch, capsys)

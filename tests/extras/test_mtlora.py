@@ -1,4 +1,5 @@
-"""extras/mtlora.py: eq. 2 and the maps of the published code. test_counts.py checks the counts."""
+"""Tests of extras/mtlora.py: the layers compute eq. 2 of the MTLoRA paper, and the feature maps
+equal those of its published code. test_counts.py checks the costs of whole networks."""
 
 import os
 from pathlib import Path
@@ -18,7 +19,7 @@ VARIANTS = [dict(), dict(plus=True, task_rank=6)]               # MTLoRA and MTL
 
 
 def backbone(**options):
-    """A small adapted backbone without dropout, in eval mode; its adapters are not zero."""
+    """A small backbone in eval mode. Its adapters have no dropout, and none of them is zero."""
     torch.manual_seed(0)
     model = build_swin("mini", embed_dim=16)
     adapt(model, model.ADAPTED["attn+mlp"], T, rank=6, dropout=0.0, **options)
@@ -37,7 +38,7 @@ def task_maps(model, image):
 
 # --- cost and maps of the published code ----------------------------------------------------------
 def test_macs_of_a_layer_equal_pytorchs_counter():
-    """PyTorch counts two operations per multiply-accumulate, and leaves out the bias."""
+    """Without the bias, a layer's MACs are half of the operations that PyTorch counts."""
     layer = SharedProductLinear(nn.Linear(16, 24), ranks=(6, 4, 4, 4))
     with FlopCounterMode(display=False) as counter:
         layer(torch.randn(4 * 2, 7, 16))
@@ -46,10 +47,11 @@ def test_macs_of_a_layer_equal_pytorchs_counter():
 
 
 def test_maps_are_those_of_the_published_code():
-    """The same weights give the same maps, up to the rounding of the published float32."""
+    """Given the same weights, our maps and those of the published code agree up to rounding."""
     path = Path(os.environ.get("TGLORA_DATA", ""), "mtlora_published.pt")
     if not path.is_file():
-        pytest.skip("TGLORA_DATA names no folder with mtlora_published.pt, maps of MTLoRA's code")
+        pytest.skip("needs feature maps of MTLoRA's published code: set the environment variable "
+                    "TGLORA_DATA to a folder with mtlora_published.pt")
     published = torch.load(path, weights_only=True)
     names = ["semseg", "normals", "sal", "human_parts"]
     model = build_swin("tiny", embed_dim=24, depths=(2, 2, 2, 2))
@@ -70,18 +72,22 @@ def test_maps_are_those_of_the_published_code():
         for name, ours in zip(names, own):
             expected = maps[name].double()
             error = (ours.flatten(0, -2)[::7] - expected).abs().max() / expected.abs().max()
-            # These random weights enlarge rounding errors from stage to stage.
+            # With these random weights, rounding errors grow from stage to stage.
             assert error < (1e-5, 1e-5, 1e-4, 2e-3)[i], (i, name)
 
 
 # --- equation 2 -----------------------------------------------------------------------------------
 def low_rank(layer, x, g):
-    """gamma B_g A_g x."""
+    """The output gamma B_g A_g x of group g's adapter, with gamma = 4."""
     return 4 * x @ layer.lora_A[g].T @ layer.lora_B[g].T
 
 
 def test_a_stage_is_plain_lora_up_to_its_last_projection():
-    """From `proj` on, each group adds gamma B_g A_g x_g to the shared product W x_0 + b."""
+    """The last block branches at `proj`. From there on, each linear layer computes
+    W x_0 + b + gamma B_g A_g x_g for group g.
+
+    x_0 are the features of the shared group 0, x_g those of group g.
+    """
     stage, x = backbone().layers[0], torch.randn(2, 14, 14, 16)
     outputs, last = stage(x).chunk(4), stage.blocks[1]
     plain = build_swin("mini", embed_dim=16).eval().layers[0].blocks[1]
@@ -105,7 +111,8 @@ def test_a_stage_is_plain_lora_up_to_its_last_projection():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_merging_changes_no_map(variant):
-    """`merge` folds the plain adapters and leaves those around a shared product."""
+    """`merge` changes no map by more than rounding. (Layers with a shared product are not merged.)
+    """
     model, image = backbone(**variant), torch.randn(2, 3, 64, 64)
     before = task_maps(model, image)
     after = task_maps(merge(model), image)
@@ -114,12 +121,13 @@ def test_merging_changes_no_map(variant):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_dropout_is_the_published_codes():
-    """All groups share one mask where they begin; later, the inputs of tasks are not dropped."""
+def test_dropout_acts_as_in_the_published_code():
+    """At `attn.proj`, all groups share one dropout mask. At `mlp.fc1`, only the shared adapter has
+    dropout."""
     last = backbone(task_rank=6).layers[1].blocks[1].train()
     for layer in (last.attn.proj, last.mlp.fc1):
         layer.dropout = 0.5
-        for matrices in (layer.lora_A, layer.lora_B):       # the same adapter for all groups
+        for matrices in (layer.lora_A, layer.lora_B):       # give all groups the same adapter
             for p in matrices:
                 p.data = matrices[0].data
     shared, *tasks = last.attn.proj(torch.ones(2, 49, 32)).chunk(4)
@@ -132,7 +140,8 @@ def test_dropout_is_the_published_codes():
 
 
 def test_drop_path_of_the_branching_block():
-    """If both branches are dropped, every group passes the stage unchanged."""
+    """In the last stage, each group's output is the stage's input if attention and MLP are dropped.
+    """
     stage, x = backbone().layers[3].train(), torch.randn(2, 7, 7, 128)
     for block in stage.blocks:
         block.drop_path.p = 1.0
@@ -141,7 +150,7 @@ def test_drop_path_of_the_branching_block():
 
 @pytest.mark.parametrize("options, dropout", [({}, 0.05), (dict(dropout=0.2, plus=True), 0.2)])
 def test_dropout_reaches_every_adapter(options, dropout):
-    """The default rate is 0.05, and every kind of adapted layer gets the rate."""
+    """Every adapted layer gets the given dropout rate, which is 0.05 by default."""
     model = build_swin("mini", embed_dim=16)
     adapt(model, model.ADAPTED["attn+mlp"], T, 6, **options)
     layers = [module for module in model.modules() if isinstance(module, TGLoRALinear)]
@@ -162,7 +171,10 @@ def test_a_task_trains_its_own_and_the_shared_adapters():
 
 
 def test_a_layer_without_adapters_shares_its_product():
-    """Every group gets W x_0 + b from such a layer, and nothing in the layer is trained."""
+    """A layer without adapters gives every group the shared product W x_0 + b, and is not trained.
+
+    Weights named in `frozen` are not trained either.
+    """
     model = backbone(without=["mlp.fc1"], frozen=["norm1"])
     fc1, x = model.layers[0].blocks[1].mlp.fc1, torch.randn(8, 5, 16)
     for y in fc1(x).chunk(4):
@@ -173,8 +185,8 @@ def test_a_layer_without_adapters_shares_its_product():
 
 
 def test_names_that_do_not_occur_are_refused():
-    """A misspelt name in an ablation would otherwise go unnoticed."""
-    with pytest.raises(ValueError, match="without 'mlp.fc3': expected one of attn.qkv, attn.proj"):
+    """A name in `without` or `frozen` that matches nothing is an error, so typos are noticed."""
+    with pytest.raises(ValueError, match="`without` names 'mlp.fc3'.* some of attn.qkv, attn.proj"):
         backbone(without=["mlp.fc3"])
-    with pytest.raises(ValueError, match="frozen 'norm3': no weight of the backbone"):
+    with pytest.raises(ValueError, match="`frozen` names 'norm3', but no weight of the backbone"):
         backbone(frozen=["norm3"])

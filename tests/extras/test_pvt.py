@@ -1,4 +1,5 @@
-"""extras/pvt.py against the published equations, its weights, and adapters on it."""
+"""Tests of extras/pvt.py: maps equal the published equations, weights can be loaded from several
+layouts, and MTLoRA and BDTA run on this backbone."""
 
 import re
 from types import SimpleNamespace
@@ -19,7 +20,10 @@ DEPTHS, HEADS, RATIOS = (2, 2, 2, 2), (1, 2, 5, 8), (8, 4, 2, 1)
 
 
 def small_pvt():
-    """A small PVT with weights so large that a mistake shows, and norms whose epsilon matters."""
+    """A small PVT. Its weights are large enough for mistakes to show.
+
+    Some norms get inputs so small that their epsilon matters.
+    """
     torch.manual_seed(0)
     model = build_pvt("b0", **SMALL).eval()
     for name, p in model.named_parameters():
@@ -31,7 +35,7 @@ def small_pvt():
 
 
 def official_layout(state):
-    """Our weights under their published names."""
+    """Rename our weights to their names in the published files."""
     renamed = {}
     for key, value in state.items():
         key = key.replace("dwconv.", "dwconv.dwconv.").replace("patch_embed.", "patch_embed1.")
@@ -43,7 +47,7 @@ def official_layout(state):
     return renamed
 
 
-# --- the published equations, by the official names of weights ------------------------------------
+# --- the published equations; p: {official name: weight} ------------------------------------------
 def norm(p, name, x, eps):
     return F.layer_norm(x, x.shape[-1:], p[name + ".weight"], p[name + ".bias"], eps)
 
@@ -53,14 +57,14 @@ def linear(p, name, x):
 
 
 def convolution(p, name, x, stride=1, padding=0, groups=1):
-    """x (B, H, W, c) -> (B, H', W', C)."""
+    """Convolve x (B, H, W, c) -> (B, H', W', C)."""
     x = F.conv2d(x.permute(0, 3, 1, 2), p[name + ".weight"], p[name + ".bias"], stride, padding,
                  groups=groups)
     return x.permute(0, 2, 3, 1)
 
 
 def attention(p, name, x, heads, ratio):
-    """Queries from every token, keys and values from a reduced map; x (B, H, W, C)."""
+    """Attend from every token of x (B, H, W, C) to a map whose sides are `ratio` times shorter."""
     z = x
     if ratio > 1:
         z = norm(p, name + "norm", convolution(p, name + "sr", x, ratio), 1e-5)
@@ -97,7 +101,7 @@ def published_maps(p, image):
 
 @torch.no_grad()
 def test_maps_equal_the_published_equations():
-    """The maps agree to nine digits in float64, at odd sizes."""
+    """In float64, the maps agree with the published equations. Both sides of the image are odd."""
     model = small_pvt().double()
     image = torch.randn(2, 3, 45, 77).double()
     p = official_layout(model.state_dict())
@@ -108,7 +112,9 @@ def test_maps_equal_the_published_equations():
 
 
 # --- presets, cost, start -------------------------------------------------------------------------
-PUBLISHED = {   # parameters here, millions of parameters with a classifier, GMACs at 224x224
+# Number of parameters without the classifier. Then the published numbers: millions of parameters
+# with the classifier, and GMACs at 224x224.
+PUBLISHED = {
     "b0": (3_409_760, 3.67, 0.57), "b1": (13_496_000, 14.01, 2.1),
     "b2": (24_849_856, 25.36, 4.04), "b3": (44_725_696, 45.24, 6.9),
     "b4": (62_043_072, 62.56, 10.1), "b5": (81_443_008, 81.96, 11.8)}
@@ -116,7 +122,7 @@ PUBLISHED = {   # parameters here, millions of parameters with a classifier, GMA
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameters_and_macs(name):
-    """Every preset has the published size and cost."""
+    """Each preset has the published number of parameters, and the published GMACs within 2 %."""
     from cost import count_macs
     parameters, millions, gmacs = PUBLISHED[name]
     with torch.device("meta"):
@@ -128,8 +134,11 @@ def test_parameters_and_macs(name):
     assert macs / 1e9 == pytest.approx(gmacs, rel=0.02)
 
 
-def test_strides_are_rounded_up():
-    """The strides are 8, 16, 32 and 32, and an unknown preset is refused."""
+def test_sizes_of_maps_are_rounded_up():
+    """The maps have strides of 8, 16, 32 and 32. Their sides are rounded up.
+
+    The name of an unknown preset is an error.
+    """
     maps = small_pvt()(torch.zeros(2, 3, 129, 161))
     assert [m.shape[1:] for m in maps] == [(17, 21, 16), (9, 11, 40), (5, 6, 64), (5, 6, 64)]
     assert small_pvt().channels == [16, 40, 64, 64]
@@ -138,7 +147,7 @@ def test_strides_are_rounded_up():
 
 
 def test_all_macs_equal_pytorchs_counter():
-    """The counts are equal at odd sizes, without biases, which PyTorch's counter leaves out."""
+    """For a network without biases, `macs_all` equals PyTorch's count, which leaves biases out."""
     from cost import count_macs
     model = small_pvt().requires_grad_(False)
     for module in model.modules():
@@ -150,7 +159,10 @@ def test_all_macs_equal_pytorchs_counter():
 
 
 def test_random_start():
-    """Linear layers start with a deviation of 0.02, and convolutions with one set by fan-out."""
+    """Weights start with the right standard deviation, and biases at zero.
+
+    The standard deviation is 0.02 for linear layers and sqrt(2 / fan-out) for convolutions.
+    """
     torch.manual_seed(0)
     block = build_pvt("b0").layers[1].blocks[0]
     for weight, std in ((block.mlp.fc1.weight, 0.02), (block.attn.sr.weight, (2 / 1024) ** 0.5),
@@ -160,7 +172,10 @@ def test_random_start():
 
 
 def test_drop_path_grows_with_depth():
-    """The rates go from 0 to the given one in equal steps; a dropped block is the identity."""
+    """The drop-path rate rises from block to block in equal steps, from 0 to the given rate.
+
+    A block whose attention and MLP are dropped is the identity.
+    """
     model = build_pvt("b0", drop_path=0.7, **SMALL)
     rates = [block.drop_path.p for stage in model.layers for block in stage.blocks]
     assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7])
@@ -172,10 +187,10 @@ def test_drop_path_grows_with_depth():
 # --- weights --------------------------------------------------------------------------------------
 @pytest.mark.parametrize("layout", ["timm", "ours"])
 def test_other_layouts_load_to_the_same_model(tmp_path, layout):
-    """timm's files and those of extras/export.py give the same weights."""
+    """Weights saved in timm's layout or in ours (by extras/export.py) are loaded unchanged."""
     state = small_pvt().state_dict()
     renamed = dict(state)
-    if layout == "timm":                # its stages begin with their patch embedding
+    if layout == "timm":                # timm's stages begin with a patch embedding
         renamed = {}
         for key, value in state.items():
             if "downsample" in key:
@@ -190,7 +205,7 @@ def test_other_layouts_load_to_the_same_model(tmp_path, layout):
 
 
 def test_published_files(tmp_path, monkeypatch):
-    """"imagenet" is the file of the official release; torchvision has no weights."""
+    """"imagenet" loads the official file (for b2 by default); "torchvision" is an error."""
     asked = []
 
     def fetch(url):
@@ -205,13 +220,14 @@ def test_published_files(tmp_path, monkeypatch):
     assert asked == ["https://github.com/whai362/PVT/releases/download/v2/pvt_v2_b2.pth"]
     for key, value in model.state_dict().items():
         assert torch.equal(value, state[key]), key
-    with pytest.raises(ValueError, match="torchvision has no weights of PVT v2; expected imagenet"):
+    with pytest.raises(ValueError, match="no weights for PVT v2; expected imagenet"):
         load_weights(model, "torchvision")
 
 
 # --- methods on this backbone ---------------------------------------------------------------------
 def test_others_and_adapted_layers():
-    """Others are patch embeddings, norms and depth-wise convolutions; reductions stay frozen."""
+    """Each weight matches exactly one of OTHERS, the adapted layers and the reductions (`attn.sr`).
+    """
     model, adapted = small_pvt(), set()
     for name, _ in model.named_parameters():
         layer = name.rpartition(".")[0]
@@ -227,7 +243,7 @@ def test_others_and_adapted_layers():
 
 @torch.no_grad()
 def test_mtlora_starts_as_the_frozen_backbone():
-    """With adapters that start at zero, every task gets the frozen backbone's maps."""
+    """MTLoRA's adapters start at zero, so at first every task gets the frozen backbone's maps."""
     model, plain, image = small_pvt(), small_pvt(), torch.randn(2, 3, 64, 96)
     mtlora.adapt(model, model.ADAPTED["attn+mlp"], 2, rank=3)
     parents, group_of = mtlora.routing(4, 2)
@@ -238,7 +254,8 @@ def test_mtlora_starts_as_the_frozen_backbone():
 
 
 def test_bdta_runs_on_this_backbone():
-    """BDTA predicts on this backbone, and all weights but the backbone's get gradients."""
+    """BDTA's predictions have the size of the image, and all weights but the backbone's get
+    gradients."""
     tasks = [SimpleNamespace(name="a", outputs=4), SimpleNamespace(name="b", outputs=1)]
     model = bdta.BDTANet(build_pvt("b0"), tasks)
     predictions = model(torch.randn(2, 3, 64, 93))

@@ -1,4 +1,5 @@
-"""The parts of docs/RESULTS.md, and the commands on all pages, that need extras/."""
+"""Tests of the documentation of extras/: the tables about its methods and backbone in
+docs/RESULTS.md, and its commands in README.md, CONTRIBUTING.md and docs/."""
 
 import argparse
 import importlib
@@ -17,7 +18,7 @@ from swin import build_swin
 @pytest.mark.slow
 @pytest.mark.parametrize("dataset", TASKS)
 def test_rows_of_mtlora_and_bdta_cost_what_their_flags_give(dataset):
-    """Trained parameters and GMACs agree in the paper's rows for methods in extras/."""
+    """In the rows of MTLoRA and BDTA, trained parameters and GMACs agree with cost.py."""
     rows = [row for row in paper_rows(dataset) if re.search("mtlora|bdta", row[1])]
     assert len(rows) == {"pascal": 7, "nyud": 1}[dataset]
     for row in rows:
@@ -29,12 +30,16 @@ def section(heading):
     return PAGE["RESULTS"].split(f"\n## {heading}\n")[1].partition("\n## ")[0]
 
 
+# Trained parameters of each row in the section "The ablations of MTLoRA".
 ABLATIONS = (8_344_634, 6_816_314, 6_816_314, 7_733_306, 7_214_138, 8_339_930, 8_321_594, 8_321_312,
              6_796_346)
 
 
 def test_mtloras_ablations_train_what_their_arguments_give():
-    """Tables 2 and 3 of MTLoRA's paper agree on PASCAL, with decoders of 1,946,624 parameters."""
+    """With the arguments in docs/RESULTS.md, `adapt` gives the parameter counts of MTLoRA's paper.
+
+    The paper's tables 2 and 3 include the decoders for PASCAL, which have 1,946,624 parameters.
+    """
     rows = re.findall(rf"^\| [^|]+ \| (?:`(\w+)=(.+)`)? ?\| {NUMBER} \| [-+\d.]+, {NUMBER} \|$",
                       section("The ablations of MTLoRA"), re.M)
     for exact, (name, value, trained, papers) in zip(ABLATIONS, rows, strict=True):
@@ -45,12 +50,16 @@ def test_mtloras_ablations_train_what_their_arguments_give():
         count = 1_946_624 + sum(p.numel() for p in backbone.parameters() if p.requires_grad)
         assert count == exact
         assert trained == f"{count / 1e6:.2f}"
-        assert papers in (trained, f"{int(count / 1e4) / 100:.2f}")     # some are truncated
+        # Some counts in the paper are cut off after two digits, not rounded.
+        assert papers in (trained, f"{int(count / 1e4) / 100:.2f}")
 
 
 @pytest.mark.slow
 def test_rows_of_bdtas_paper_train_what_their_flags_give():
-    """Tables 1 and 2 of BDTA's paper agree, except for full fine-tuning and decoders only."""
+    """In rows with flags, trained parameters agree with cost.py and with BDTA's paper.
+
+    In two rows, full fine-tuning and decoders only, the paper's numbers are different.
+    """
     rows = re.findall(rf"`(--method [^`]*)` \| {NUMBER} \| [^|]* \| {NUMBER} \|$",
                       section("The rows of BDTA + MoTE"), re.M)
     assert len(rows) == 11
@@ -63,7 +72,7 @@ def test_rows_of_bdtas_paper_train_what_their_flags_give():
 
 @pytest.mark.slow
 def test_other_backbones_cost_what_their_flags_give():
-    """All parameters, and trained parameters and GMACs of five methods, agree on both datasets."""
+    """For each backbone, its size and the costs of five methods agree with cost.py."""
     methods = ("--method decoders", "--groups 1,1,1,1", "", "--layers attn+mlp+others",
                "--method mtlora --rank 64")
     table = section("Other backbones")
@@ -80,7 +89,10 @@ def test_other_backbones_cost_what_their_flags_give():
 
 
 def test_commands_of_the_extras_have_real_flags(monkeypatch):
-    """Each command parses, and flags that a program passes on are flags of train.py."""
+    """Every command of extras/ on the pages can be parsed.
+
+    Flags that a program passes on to train.py must be flags of train.py.
+    """
     parse, rest = argparse.ArgumentParser.parse_known_args, []
 
     def remember(*args, **kwargs):
