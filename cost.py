@@ -91,7 +91,10 @@ def module_macs(model: nn.Module, size: tuple[int, int]) -> dict[str, tuple[int,
 
 
 def count_macs(model: nn.Module, size: tuple[int, int]) -> dict[str, int]:
-    """Total MACs for an image of size (H, W): as in table 3, and with attention and adapters."""
+    """Count the MACs for an image of size (H, W).
+
+    macs_linear_conv is what table 3 counts. macs_all also includes attention and adapters.
+    """
     linear_conv, everything = 0, 0
     for dense, extra in module_macs(model, size).values():
         linear_conv += dense

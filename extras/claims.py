@@ -115,7 +115,6 @@ def draw_claims(path: Path, judged: Sequence[Judged], margin: float) -> None:
             pen.ellipse((x - 3, y - 3, x + 3, y + 3), outline="black", fill="orange")
         pen.line((position(c.low), y + 9, position(c.high), y + 9), "royalblue", 3)
         pen.line((position(c.mean), y + 4, position(c.mean), y + 14), "royalblue", 3)
-        pen.text((left + width + 12, y), f"{c.mean:+.2f} ({c.low:+.2f} to {c.high:+.2f})  "
-                 f"{claim.verdict}", "black", font, anchor="lm")
+        pen.text((left + width + 12, y), f"{c}  {claim.verdict}", "black", font, anchor="lm")
         y += height
     picture.save(path)

@@ -70,6 +70,9 @@ class Comparison(NamedTuple):
     p: float                # small if the mean differs from 0
     p_equivalent: float     # small if the mean lies within +-margin
 
+    def __str__(self) -> str:
+        return f"{self.mean:+.2f} ({self.low:+.2f} to {self.high:+.2f})"
+
 
 def compare(differences: Sequence[float], margin: float) -> Comparison:
     """The mean, its interval and both tests, for two or more differences."""

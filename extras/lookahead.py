@@ -51,14 +51,6 @@ def task_losses(model: nn.Module, tasks: Sequence, image: Tensor,
     return [task.loss(predictions[task.name], labels[task.name]).item() for task in tasks]
 
 
-@torch.no_grad()
-def set_weights(parameters: Sequence[Tensor], weights: Tensor) -> None:
-    """Copy one flat tensor (P,) into the parameters."""
-    sizes = [p.numel() for p in parameters]
-    for p, part in zip(parameters, weights.split(sizes)):
-        p.copy_(part.view_as(p))
-
-
 def lookahead_affinity(model: nn.Module, tasks: Sequence,
                        batches: Iterable[tuple[Tensor, dict[str, Tensor]]],
                        lr: float = STEP) -> Similarity:
@@ -83,7 +75,7 @@ def lookahead_affinity(model: nn.Module, tasks: Sequence,
             before = np.array(task_losses(model, tasks, image, labels))
             gain = np.full((len(tasks), len(tasks)), np.nan)            # Z
             for i in gradients:
-                set_weights(shared, weights - lr * gradients[i])
+                nn.utils.vector_to_parameters(weights - lr * gradients[i], shared)
                 after = np.array(task_losses(model, tasks, image, labels))
                 for j in gradients:
                     gain[i, j] = 1 - after[j] / before[j]
@@ -91,7 +83,7 @@ def lookahead_affinity(model: nn.Module, tasks: Sequence,
                         raise ValueError(f"the loss of {tasks[j].name} is not finite after a step "
                                          f"for {tasks[i].name}; lower the learning rate of the "
                                          "decoders (--head-lr)")
-            set_weights(shared, weights)
+            nn.utils.vector_to_parameters(weights, shared)
             affinity = (gain + gain.T) / 2
             affinity[list(gradients), list(gradients)] = 1
             samples.append(affinity)

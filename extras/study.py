@@ -426,7 +426,7 @@ def format_without_tasks(results: dict[str, dict[int, Run]], judged: Sequence[Ju
         gains = gains_by_seed(results, [task for task in tasks if task != left_out])
         for row, claim in zip(rows[1:], judged):
             c = compare(paired(gains, claim.better, claim.worse), CLAIMS["margin"])
-            row.append(f"{c.mean:+.2f} ({c.low:+.2f} to {c.high:+.2f})")
+            row.append(str(c))
     return aligned(rows)
 
 
