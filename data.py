@@ -38,8 +38,9 @@ CLASSES = {"rooms": ROOM_CLASSES, **SEMSEG}                   # semseg's classes
 # --- datasets -------------------------------------------------------------------------------------
 def open_rooms(config, split: str) -> Dataset:
     if split == "train":
-        return Rooms("train", config.tasks, config.train_rooms, config.size, config.room_seed)
-    return Rooms("val", config.tasks, config.val_rooms, config.size)
+        return Rooms("train", config.tasks, config.train_rooms, config.size, config.room_seed,
+                     config.night)
+    return Rooms("val", config.tasks, config.val_rooms, config.size, night=config.night)
 
 
 def open_files(config, split: str) -> Dataset:

@@ -110,6 +110,8 @@ TABLE = {
              "for --dataset rooms"),
         same("room_seed", integer(0, 2 ** 32), 0, "seed of the rendered training images, for "
              "--dataset rooms; the validation images do not depend on it"),
+        same("night", SWITCH, True, "photograph the rooms with a night camera: dark and noisy, "
+             "unlike the images by day that rooms_mini.pth was trained on; for --dataset rooms"),
         Knob("size", size, "112", "448", "448", "size of the network's input: one number "
              "for a square (the paper uses 448, section 4.1), or HEIGHTxWIDTH"),
         Knob("workers", integer(0, 256), 0, WORKERS, WORKERS, "number of processes that load data; "

@@ -2,11 +2,12 @@
 
 A room contains a person made of capsules, and up to seven objects: spheres, cylinders, and
 furniture made of boxes. Surfaces have textures, and one lamp lights them. The nearest object or
-person is the salient one. There is nothing to download and no label noise, so the whole method can
-be run, taught and tested on these images. Room (seed, split, i) is the same on every machine, up to
-rounding.
+person is the salient one. A camera photographs the room by day, or at night: dark and with sensor
+noise. There is nothing to download and no label noise, so the whole method can be run, taught and
+tested on these images. Room (seed, split, i) is the same on every machine, up to rounding.
 
-    sample = render_room((0, 0, 7), 112, 112)       # the image and all labels
+    sample = render_room((0, 0, 7), 112, 112)                   # the image and all labels
+    dark = render_room((0, 0, 7), 112, 112, night=True)         # same labels, other image
 
 World coordinates are in metres: x and y on the floor, z up. A ray is o + t * d. Each `hit_...`
 function takes P rays from o (3,) along d (P, 3), and returns two arrays: t (P,) of the nearest hit,
@@ -30,6 +31,8 @@ SALIENT = 0.01                  # a salient object covers at least this share of
 HIDDEN = 0.3                    # an object may hide at most this share of the person's visible
                                 # pixels that are near the object in the image
 FOLD = np.cos(np.deg2rad(30))   # neighbouring normals more than 30 degrees apart make an edge
+NIGHT_LIGHT = 0.35              # brightness at night, as a share of the brightness by day
+NIGHT_NOISE = 14                # standard deviation of the night camera's noise; white is 255
 
 
 # --- shapes ---------------------------------------------------------------------------------------
@@ -327,6 +330,15 @@ def shade(rng: Generator, room: Array, point: Array, normal: Array, surface: Arr
     return colour * (ambient + light[:, None] * lamp_colour)
 
 
+def photograph(rng: Generator, colour: Array, night: bool) -> Array:
+    """The pixel values (P, 3), from 0 to 255, that a camera records for colours (P, 3)."""
+    pixels = colour.clip(0, 1) * 255
+    if not night:
+        return pixels
+    noisy = NIGHT_LIGHT * pixels + rng.normal(0, NIGHT_NOISE, pixels.shape)
+    return noisy.clip(0, 255)
+
+
 def as_map(x: Array, height: int, width: int, dtype: type) -> Tensor:
     """Pixel values (P,) or (P, C) -> a tensor (1, H, W) or (C, H, W)."""
     x = x.reshape(height, width, -1).transpose(2, 0, 1)
@@ -334,12 +346,12 @@ def as_map(x: Array, height: int, width: int, dtype: type) -> Tensor:
 
 
 def render_room(seed: Sequence[int], height: int, width: int, axes: Array | None = None,
-                zoom: float = 1.0) -> dict[str, Tensor]:
+                zoom: float = 1.0, night: bool = False) -> dict[str, Tensor]:
     """One room as a sample: "image" (3, H, W) uint8 and the labels of all tasks.
 
     seed: integers, at least 0. They give the same room at every size, with one exception: an object
     that hides about as much of the person as HIDDEN allows may be left out at one size and not at
-    another. zoom: multiplies the focal length. axes (3, 3): mirrors or rolls the camera. Its rows
+    another. night: use a night camera, which changes the image but no label. zoom: multiplies the focal length. axes (3, 3): mirrors or rolls the camera. Its rows
     are the camera's new right, down and forward directions, in the original camera's coordinates.
     """
     rng = Generator(PCG64(list(seed)))
@@ -372,7 +384,7 @@ def render_room(seed: Sequence[int], height: int, width: int, axes: Array | None
     camera_normal = normal @ frame.T * [1, 1, -1]                       # z towards the camera
 
     return {
-        "image": as_map(colour.clip(0, 1) * 255, height, width, np.uint8),
+        "image": as_map(photograph(rng, colour, night), height, width, np.uint8),
         "semseg": as_map(view["semseg"], height, width, np.uint8)[0],
         "depth": as_map(t, height, width, np.float32),
         "normals": as_map(camera_normal, height, width, np.float32),
@@ -385,23 +397,24 @@ def render_room(seed: Sequence[int], height: int, width: int, axes: Array | None
 class Rooms(Dataset):
     """`length` rendered rooms of a split ("train" or "val"), with the labels of `tasks`.
 
-    size: (H, W) of the images. Room i of a seed and split is the same on every machine, up to
-    rounding. Reading a room raises ValueError if rooms have no labels for one of the tasks.
+    size: (H, W) of the images. night: whether the camera is a night camera. Room i of a seed and
+    split is the same on every machine, up to rounding. Reading a room raises ValueError if rooms have no labels for one of the tasks.
     """
 
     def __init__(self, split: str, tasks: Sequence[str], length: int, size: Sequence[int],
-                 seed: int = 0):
+                 seed: int = 0, night: bool = False):
         self.split = split
         self.tasks = list(tasks)
         self.length = length
         self.size = size
         self.seed = seed
+        self.night = night
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
-        room = render_room((self.seed, self.split == "val", i), *self.size)
+        room = render_room((self.seed, self.split == "val", i), *self.size, night=self.night)
         labels = [name for name in room if name != "image"]
         for task in self.tasks:
             if task not in labels:
