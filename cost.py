@@ -17,11 +17,12 @@ import sys
 from argparse import Namespace
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from data import CLASSES
-from grouping import read_tree, uneven_tree
+from grouping import build_tree, read_tree
 from model import build
 from recipes import parse_arguments
 from tasks import make_tasks
@@ -107,14 +108,14 @@ def network(config: Namespace) -> nn.Module:
 
     The number of trained parameters does not depend on the tree, and table 3's MACs depend only on
     its number of groups in each stage. The adapter MACs also depend on the group sizes, because
-    adapters are padded to the largest rank. Without `config.tree`, the groups are as uneven as
-    possible, which costs the most.
+    adapters are padded to the largest rank. Without `config.tree`, equal similarities are assumed:
+    Algorithm 1 then makes the groups as uneven as possible, which costs the most.
     """
     tasks = make_tasks(config.tasks, CLASSES.get(config.dataset))
     if config.tree:
         tree = read_tree(config.tree, config.tasks)
     else:
-        tree = uneven_tree(len(tasks), config.groups)
+        tree = build_tree(np.zeros((len(tasks), len(tasks))), config.groups)
     config = copy.copy(config)
     config.weights = "none"
     with torch.device("meta"):

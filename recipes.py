@@ -21,7 +21,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from model import METHODS
+from grouping import build_tree, read_tree
+from model import METHODS, stage_ranks
+from tasks import make_tasks
+from tglora import split_rank
 from util import read_checkpoint
 
 
@@ -160,16 +163,12 @@ TABLE = {
              "is our choice"),
         same("head_lr", number(1e-9, 10), 2e-3, "learning rate of the decoders during "
              "--head-epochs; it falls linearly to 0"),
-        same("normalize", ("none", "elementwise"), "none", "normalisation of the gradients in eq. "
-             "2; elementwise is Task2Vec's normalisation, and none omits the paper's, which does "
-             "not change a cosine"),
         same("tree_only", FLAG, False, "stop after writing the tree, without training the "
              "network"),
     ],
     "optimisation": [
         Knob("epochs", integer(1), 4, 300, 300, "passes over the training images (section 7)"),
-        Knob("batch_size", integer(1), 8, 6, 32, "images per step, summed over all GPUs (section "
-             "7)"),
+        Knob("batch_size", integer(1), 8, 6, 32, "images per step (section 7)"),
         same("accumulate", integer(1), 1, "compute each batch in at most this many parts, one "
              "after another, to save memory; BatchNorm and saliency's class weights then see one "
              "part at a time"),
@@ -250,7 +249,7 @@ def paper_groups(num_tasks: int) -> tuple[int, ...]:
 def make_parser(recipe: dict[str, Any], dataset: str) -> argparse.ArgumentParser:
     """A parser for all flags. Its result holds only the flags that were typed."""
     parser = argparse.ArgumentParser(
-        description="Train TGLoRA on one or more GPUs, or on a CPU. recipes.py lists all flags. "
+        description="Train TGLoRA on one GPU, or on a CPU. recipes.py lists all flags. "
         f"The defaults shown are those of --dataset {dataset}. Section, table and equation "
         "numbers refer to arXiv 2509.19602.",
         argument_default=argparse.SUPPRESS, allow_abbrev=False)
@@ -276,8 +275,9 @@ def make_parser(recipe: dict[str, Any], dataset: str) -> argparse.ArgumentParser
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """All settings of a run: the flags that were typed, and the dataset's recipe for the rest.
 
-    With --resume, the rest comes from the run's last.pt instead. Raises ValueError if that file
-    cannot be read. Exits with a usage message if a flag is wrong.
+    With --resume, the rest comes from the run's last.pt instead. Raises ValueError if that file or
+    the --tree file cannot be read, or if tasks, groups and rank do not fit each other. Exits with a
+    usage message if a flag is wrong.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--dataset", default="rooms")
@@ -304,7 +304,24 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("groups", "fused"):
         if len(getattr(config, name)) != 4:
             parser.error(f"--{name} needs four numbers, one for each stage of the backbone")
+    check_tree_settings(config)
     return config
+
+
+def check_tree_settings(config: argparse.Namespace) -> None:
+    """Fail early if the tasks, the tree or the groups, and the rank do not fit each other.
+
+    With --tree, sets config.groups to the tree's numbers of groups.
+    """
+    T = len(config.tasks)
+    make_tasks(config.tasks, 1)                 # raises ValueError if a task is unknown
+    if config.tree:
+        tree = read_tree(config.tree, config.tasks)
+        config.groups = tuple(len(partition) for partition in tree)
+    else:
+        tree = build_tree(np.zeros((T, T)), config.groups)
+    for partition, rank in zip(tree, stage_ranks(config)):
+        split_rank(rank, [len(group) for group in partition])
 
 
 def defaults(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -4,18 +4,15 @@
     python train.py --dataset nyud --data-root data            # NYUD-v2 with the paper's recipe
     python train.py --dataset nyud --data-root data --resume   # continue after an interruption
     python train.py --dataset nyud --data-root data --tree-only      # similarity and tree only
-    torchrun --standalone --nproc_per_node=4 train.py --dataset nyud --data-root data
 
-`run` reads from top to bottom, in the order in which things happen: settings, data, similarity and
-tree, network, epochs, results. Every knob is in recipes.py. With the same settings, the shuffling,
-augmentation and dropout of a step depend only on the seed, the step number and, on several GPUs,
-the process. A resumed run therefore continues as if it had never stopped.
+`run` shows the method in the order in which things happen: data, similarity and tree, network,
+training, results. `fit` is the training loop. Every knob is in recipes.py. With the same settings,
+the shuffling, augmentation and dropout of a step depend only on the seed and the step's number, so
+a resumed run continues as if it had never stopped.
 
-On several GPUs each process computes its share of every batch, and DistributedDataParallel
-averages the gradients. Each process averages its losses over its own images. Only the first
-process measures similarity, evaluates, prints and saves; the others wait for it.
-
-In a notebook: `import train; result = train.main([])`, with flags as a list of strings.
+One run uses one GPU. On a machine with several GPUs, start several runs, or see
+examples/several_gpus.py. In a notebook: `import train; result = train.main([])`, with flags as a
+list of strings.
 Shapes: B batch, T tasks, H W pixels.
 References: arXiv 2509.19602, sections 4 and 7; docs/CHOICES.md.
 """
@@ -23,31 +20,25 @@ References: arXiv 2509.19602, sections 4 and 7; docs/CHOICES.md.
 import argparse
 import json
 import math
-import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from cost import ledger
 from data import CLASSES, draw_augmentation, epoch_batches, loader, open_dataset, warp
 from eval import evaluate, predictor, reference
 from grouping import Partition, build_tree, format_tree, name_tree, read_tree
-from model import build, stage_ranks
+from model import build
 from recipes import parse_arguments
 from report import draw_curves, draw_samples, draw_tree, format_line, format_table
 from similarity import finetune_decoders, format_similarity, fresh_decoders, task_similarity
 from stability import stability
 from tasks import delta_m, make_tasks
-from tglora import split_rank
-from util import (VERSIONS, all_finite, amp_dtype, clock, fingerprint, load_optimizer, load_trained,
+from util import (VERSIONS, all_finite, amp_dtype, clock, fingerprint, load_trained,
                   one_line_errors, pick_device, progress, read_checkpoint, reading, save, to_json,
                   trained_state, write_json, write_whole)
 
@@ -70,19 +61,13 @@ def known_tree(config: argparse.Namespace) -> list[Partition] | None:
     """The tree, if it is known without measuring any similarity; otherwise None.
 
     The tree is known if --tree names a file, or if every stage has one group or one group per task.
-    With --tree, config.groups is set to the tree's numbers of groups. Raises ValueError if the tree
-    file cannot be read or does not fit the tasks. Without --tree, raises ValueError if the groups
-    or the rank are impossible.
     """
     T = len(config.tasks)
     if config.tree:
-        tree = read_tree(config.tree, config.tasks)
-        config.groups = tuple(len(partition) for partition in tree)
-        return tree
-    tree = build_tree(np.zeros((T, T)), config.groups)
-    for partition, rank in zip(tree, stage_ranks(config)):
-        split_rank(rank, [len(group) for group in partition])
-    return tree if set(config.groups) <= {1, T} else None
+        return read_tree(config.tree, config.tasks)
+    if set(config.groups) <= {1, T}:
+        return build_tree(np.zeros((T, T)), config.groups)
+    return None
 
 
 def as_numbers(results: dict) -> dict[str, dict[str, float]]:
@@ -109,12 +94,14 @@ def read_results(path: Path) -> dict:
     return run
 
 
-def read_baseline(config: argparse.Namespace, tasks: Sequence) -> dict:
+def read_baseline(config: argparse.Namespace, tasks: Sequence) -> dict | None:
     """Read the --baseline files, one for all tasks or one per task, as {task: {metric: value}}.
 
-    Raises ValueError if a file cannot be read or is from another dataset, or if a task's main
-    metric is missing or not above 0.
+    Returns None without --baseline. Raises ValueError if a file cannot be read or is from another
+    dataset, or if a task's main metric is missing or not above 0.
     """
+    if not config.baseline:
+        return None
     baseline = {}
     for path in config.baseline:
         run = read_results(Path(path))
@@ -122,10 +109,11 @@ def read_baseline(config: argparse.Namespace, tasks: Sequence) -> dict:
             raise ValueError(f"--baseline {path} is a run on {run['dataset']}, not on "
                              f"{config.dataset}")
         baseline |= run["results"]
-    try:
-        delta_m({task.name: {task.metric: 1.0} for task in tasks}, baseline)
-    except ValueError as error:
-        raise ValueError(f"{', '.join(config.baseline)}: {error}") from error
+    for task in tasks:
+        value = baseline.get(task.name, {}).get(task.metric, math.nan)
+        if not value > 0:                       # also if it is NaN
+            raise ValueError(f"--baseline {','.join(config.baseline)} needs {task.name}'s "
+                             f"{task.metric}, a number above 0; got {value}")
     return baseline
 
 
@@ -170,8 +158,8 @@ def train_decoders(config: argparse.Namespace, tasks: Sequence, dataset,
     return model
 
 
-def compute_tree(config: argparse.Namespace, tasks: Sequence, dataset,
-                 device: torch.device) -> tuple[list[Partition], dict]:
+def find_tree(config: argparse.Namespace, tasks: Sequence, dataset,
+              device: torch.device) -> tuple[list[Partition], dict]:
     """Train decoders on the frozen backbone, compare the tasks' gradients and group the tasks.
 
     Returns the tree, and a dict that is saved in tree.json: the similarities, and the stability of
@@ -179,26 +167,24 @@ def compute_tree(config: argparse.Namespace, tasks: Sequence, dataset,
     """
     model = train_decoders(config, tasks, dataset, device)
     examples = similarity_batches(config, dataset, 1, device, "gradients")
-    similarity = task_similarity(model, tasks, examples, config.normalize)
+    similarity = task_similarity(model, tasks, examples)            # eq. 1 to 3
     print(format_similarity(similarity, config.tasks))
 
-    tree = build_tree(similarity.mean, config.groups)
+    tree = build_tree(similarity.mean, config.groups)               # Algorithm 1
     choices = stability(tree, similarity.samples)
     print(format_tree(tree, config.tasks, choices), flush=True)
-    saved = similarity.as_json()
-    saved["choices"] = [choice and choice._asdict() for choice in choices]
-    return tree, saved
+    return tree, {"similarity": similarity.mean.tolist(),
+                  "standard_error": similarity.error.tolist(),
+                  "choices": [choice and choice._asdict() for choice in choices]}
 
 
-def shared_tree(config: argparse.Namespace, tasks: Sequence, dataset, device: torch.device,
-                rank: int, world: int) -> list:
-    """Run `compute_tree` in the first process, and return its result in every process."""
-    answer = [None, None]
-    if rank == 0:
-        answer = list(compute_tree(config, tasks, dataset, device))
-    if world > 1:
-        dist.broadcast_object_list(answer)
-    return answer
+def write_tree(out: Path, config: argparse.Namespace, tree: list[Partition],
+               similarity: dict) -> dict:
+    """Write tree.json and tree.png, and return the content of tree.json."""
+    content = {"tasks": config.tasks, **similarity, "tree": name_tree(tree, config.tasks)}
+    write_json(out / "tree.json", content)
+    draw_tree(out / "tree.png", out / "tree.json")
+    return content
 
 
 # --- optimisation ---------------------------------------------------------------------------------
@@ -234,13 +220,14 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
 
 
 def training_batches(config: argparse.Namespace, dataset, batches: Sequence[list[int]], start: int,
-                     rank: int, world: int, device: torch.device
-                     ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """Yield this process's share of each batch from step `start` on: image (B, 3, H, W), labels."""
-    own = [batch[rank::world] for batch in batches[start:]]
-    for step, batch in enumerate(loader(dataset, own, config.workers), start):
+                     device: torch.device) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """Yield the augmented batches from step `start` on: image (B, 3, H, W), labels by task.
+
+    batches: the sample indices of every batch of the run (see data.epoch_batches).
+    """
+    for step, batch in enumerate(loader(dataset, batches[start:], config.workers), start):
         # Reseed, so that augmentation, dropout and drop path do not depend on earlier steps.
-        torch.manual_seed(config.seed * 1_000_003 + step + 7919 * rank)
+        torch.manual_seed(config.seed * 1_000_003 + step)
         B = len(batch["image"])
         augmentation = draw_augmentation(B, config.flip, config.scales, config.rotate)
         yield warp(batch, config.size, device, **augmentation)
@@ -251,21 +238,24 @@ def train_step(model: nn.Module, tasks: Sequence, optimizer: torch.optim.Optimiz
                amp: torch.dtype | None, parts: int = 1) -> Tensor:
     """Update the weights once. Returns the losses (T,), not multiplied by the tasks' weights.
 
-    With `parts` above 1, the batch is computed in at most that many parts to save memory, and each
-    loss is the mean over the parts. If the losses are finite but the gradient is not, all losses
-    are returned as NaN, except with fp16, whose scaler skips such a step. Nothing in here waits for
-    the GPU.
+    With `parts` above 1, the batch is computed in at most that many parts to save memory. A part's
+    loss counts by its share of the task's valid pixels in the batch, so the sum is the loss of the
+    whole batch if that is a mean over pixels. If the losses are finite but the gradient is not, all
+    losses are returned as NaN, except with fp16, whose scaler skips such a step. Nothing in here
+    waits for the GPU.
     """
     model.train()
     losses = torch.zeros(len(tasks), device=image.device)
-    images = image.chunk(parts)
-    for i, part in enumerate(images):
+    pixels = [task.valid(labels[task.name]).sum().clamp(min=1) for task in tasks]
+    for i, part in enumerate(image.chunk(parts)):
         with torch.autocast(image.device.type, amp, enabled=amp is not None):
             predictions = model(part)
         total = 0
         for t, task in enumerate(tasks):
             label = labels[task.name].chunk(parts)[i]
-            loss = task.loss(predictions[task.name], label) / len(images)
+            loss = task.loss(predictions[task.name], label)
+            if parts > 1:
+                loss = loss * (task.valid(label).sum() / pixels[t])
             total = total + task.weight * loss                      # eq. 8
             losses[t] += loss.detach()
         scaler.scale(total).backward()
@@ -336,25 +326,40 @@ def validation_score(result: dict) -> float:
 
 
 # --- the run --------------------------------------------------------------------------------------
-def start_processes(device: torch.device) -> tuple[int, int, torch.device]:
-    """Join the processes that torchrun started. Returns (rank, number of processes, device).
-
-    Without torchrun, the rank is 0 and the number of processes is 1. On CUDA, each process gets its
-    own device. Silences the standard output of all processes but the first.
+class State:
+    """Everything that a checkpoint holds: what changes during training, and what describes the run.
     """
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1:
-        return 0, 1, device
-    rank = int(os.environ["RANK"])
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    # The other processes wait while the first one measures similarity or evaluates: allow a day.
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(days=1))
-    if rank > 0:
-        sys.stdout = open(os.devnull, "w")
-    return rank, world, device
+
+    def __init__(self, config: argparse.Namespace, model: nn.Module, tree: list[Partition],
+                 similarity: dict, baseline: dict | None):
+        self.model = model
+        self.optimizer = make_optimizer(model, config.lr, config.weight_decay)
+        fp16 = amp_dtype(config.amp, next(model.parameters()).device) is torch.float16
+        self.scaler = torch.amp.GradScaler("cuda", enabled=fp16)
+        self.step = 0                           # number of steps done
+        self.best, self.latest = None, None     # the best and the latest evaluation
+        flags = {name: value for name, value in vars(config).items()
+                 if name not in ("resume", "out")}
+        self.constant = {"config": flags, "tree": tree, "similarity": similarity,
+                         "baseline": baseline, "fingerprint": fingerprint(model),
+                         "versions": VERSIONS}
+
+    def save(self, path: Path, resumable: bool) -> None:
+        """Write a checkpoint; if `resumable`, with the state of the optimizer."""
+        content = {**self.constant, "model": trained_state(self.model), "step": self.step,
+                   "best": self.best, "latest": self.latest}
+        if resumable:
+            content["optimizer"] = self.optimizer.state_dict()
+            content["scaler"] = self.scaler.state_dict()
+        save(path, content)
+
+    def load(self, saved: dict, path: Path) -> None:
+        """Continue from the content of the resumable checkpoint `path`."""
+        load_trained(self.model, saved, path)
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if saved["scaler"]:                     # empty unless the run used fp16 before
+            self.scaler.load_state_dict(saved["scaler"])
+        self.step, self.best, self.latest = saved["step"], saved["best"], saved["latest"]
 
 
 def state_to_continue(config: argparse.Namespace, out: Path) -> dict | None:
@@ -380,19 +385,6 @@ def state_to_continue(config: argparse.Namespace, out: Path) -> dict | None:
     return last
 
 
-def open_splits(config: argparse.Namespace, rank: int, world: int) -> tuple:
-    """Open the training and validation sets, in the first process before the others.
-
-    The first process may have to unpack an archive, so the others wait until it is done.
-    """
-    if rank > 0:
-        dist.barrier()
-    splits = open_dataset(config, "train"), open_dataset(config, "val")
-    if world > 1 and rank == 0:
-        dist.barrier()
-    return splits
-
-
 def open_log(path: Path, step: int):
     """Open log.jsonl for appending.
 
@@ -408,141 +400,115 @@ def open_log(path: Path, step: int):
     return open(path, "a", buffering=1)
 
 
-def run(config: argparse.Namespace) -> dict:
-    """Run everything, from the settings to the results.
-
-    Returns the content of metrics.json, or of tree.json with --tree-only. On several GPUs, only the
-    first process returns the metrics; the others return {}. Raises ValueError if a setting or a
-    file is wrong, or if a loss or weight is no longer finite.
-    """
-    # --- settings: fail early, before any work ---
-    rank, world, device = start_processes(pick_device(config.device))
-    leads = rank == 0
+def fit(config: argparse.Namespace, state: State, tasks: Sequence, train_set, val_set) -> None:
+    """The training loop, from `state.step` to the end. Evaluates, logs and saves on the way."""
+    out, device = Path(config.out), next(state.model.parameters()).device
     amp = amp_dtype(config.amp, device)
-    tasks = make_tasks(config.tasks, CLASSES.get(config.dataset))
-    baseline = read_baseline(config, tasks) if config.baseline else None
-    tree = known_tree(config)                   # None: the similarity will decide
-    out = Path(config.out)
-    last = state_to_continue(config, out)       # None: a new run
-    print(describe(config))
-
-    # --- data ---
-    train_set, val_set = open_splits(config, rank, world)
     batches = epoch_batches(len(train_set), config.batch_size, config.epochs, config.seed)
     num_steps, steps_per_epoch = len(batches), len(batches) // config.epochs
-    batch_size = len(batches[0])                # below --batch-size if there are fewer images
-    if batch_size % world:
-        raise ValueError(f"a batch of {batch_size} images cannot be shared evenly among {world} "
-                         "processes; change --batch-size or --nproc_per_node")
     val_batches = loader(val_set, [[i] for i in range(len(val_set))], config.workers)
+    log = open_log(out / "log.jsonl", state.step)
+    losses = LossLog(tasks, len(batches[0]), state.step, device)
+    if state.step:
+        print(f"continuing after epoch {state.step // steps_per_epoch}")
 
-    # --- similarity and tree ---
-    similarity = {"similarity": None}
-    if last:
-        tree, similarity = last["tree"], last["similarity"]
-    if tree is None:
-        tree, similarity = shared_tree(config, tasks, train_set, device, rank, world)
-    elif config.method == "tglora":
-        print(f"the tree is known, so no similarity is measured\n{format_tree(tree, config.tasks)}")
-    tree_json = {"tasks": config.tasks, **similarity, "tree": name_tree(tree, config.tasks)}
-    if config.tree_only:
-        if leads:
-            make_folder(out)
-            write_json(out / "tree.json", tree_json)
-            draw_tree(out / "tree.png", out / "tree.json")
-        return tree_json
-
-    # --- the network and its optimizer ---
-    model = build(config, tasks, tree).to(device)
-    counts = ledger(model)
-    print(f"trained parameters: adapters {counts['adapters']:,} + decoders {counts['decoders']:,} "
-          f"+ others {counts['others']:,} = {counts['trainable']:,} of {counts['total']:,}")
-    if world > 1 and device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if config.compile:
-        model.compile(dynamic=False)            # in place: the weights keep their names
-    network = DistributedDataParallel(model) if world > 1 else model
-    optimizer = make_optimizer(model, config.lr, config.weight_decay)
-    scaler = torch.amp.GradScaler("cuda", enabled=amp is torch.float16)
-    step, best, latest = 0, None, None          # steps done; the best and the latest evaluation
-    if last:
-        load_trained(model, last, out / "last.pt")
-        load_optimizer(optimizer, last["optimizer"], out / "last.pt")
-        scaler.load_state_dict(last["scaler"])
-        step, best, latest = last["step"], last["best"], last["latest"]
-    flags = {name: value for name, value in vars(config).items() if name not in ("resume", "out")}
-    constant = {"config": flags, "tree": tree, "similarity": similarity,
-                "fingerprint": fingerprint(model), "versions": VERSIONS}
-
-    def save_checkpoint(name: str, **more) -> None:
-        state = {**constant, "model": trained_state(model), "step": step, "best": best,
-                 "latest": latest, **more}
-        save(out / name, state)
-
-    def save_for_resume() -> None:
-        save_checkpoint("last.pt", optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-
-    if leads:
-        if not last:
-            make_folder(out)
-            save_for_resume()
-        write_json(out / "tree.json", tree_json)
-        log = open_log(out / "log.jsonl", step)
-
-    # --- epochs ---
-    losses = LossLog(tasks, batch_size, step, device)
-    steps = training_batches(config, train_set, batches, step, rank, world, device)
-    for image, labels in steps:
-        lr = learning_rate(step, num_steps, config.lr, config.warmup)
-        for group in optimizer.param_groups:
+    for image, labels in training_batches(config, train_set, batches, state.step, device):
+        lr = learning_rate(state.step, num_steps, config.lr, config.warmup)
+        for group in state.optimizer.param_groups:
             group["lr"] = lr
-        step_losses = train_step(network, tasks, optimizer, scaler, image, labels, config.clip, amp,
-                                 config.accumulate)
-        losses.add(step_losses, labels)
-        step += 1                               # from here on, the number of steps done
-        epoch, end_of_epoch = step // steps_per_epoch, step % steps_per_epoch == 0
-        if not leads:
-            continue
-        if step % config.log_every == 0 or end_of_epoch:
-            means = losses.report(step, num_steps)      # waits for the GPU
-            log.write(to_json({"step": step, "epoch": epoch, "lr": lr, "loss": means}) + "\n")
-        if end_of_epoch and (epoch % config.eval_every == 0 or step == num_steps):
-            latest = evaluate(predictor(model, amp), tasks, progress(val_batches, "evaluation"),
-                              config.size, device)
-            latest |= {"step": step, "epoch": epoch}
-            if baseline:
-                latest["delta_m"] = delta_m(latest["results"], baseline)
-            log.write(to_json(latest) + "\n")
-            print(f"epoch {epoch}: {format_line(tasks, latest)}")
-            if best is None or validation_score(latest) > validation_score(best):
-                best = latest
-                save_checkpoint("best.pt")
-            losses.restart(step)                # evaluation does not count as training time
-        if end_of_epoch:
-            save_for_resume()
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-    if not leads:
-        return {}
+        losses.add(train_step(state.model, tasks, state.optimizer, state.scaler, image, labels,
+                              config.clip, amp, config.accumulate), labels)
+        state.step += 1
+        epoch, end_of_epoch = state.step // steps_per_epoch, state.step % steps_per_epoch == 0
 
-    # --- results: table and predictions of the best epoch, curves, tree ---
+        if state.step % config.log_every == 0 or end_of_epoch:
+            means = losses.report(state.step, num_steps)        # waits for the GPU
+            log.write(to_json({"step": state.step, "epoch": epoch, "lr": lr, "loss": means}) + "\n")
+        if end_of_epoch and (epoch % config.eval_every == 0 or state.step == num_steps):
+            result = evaluate(predictor(state.model, amp), tasks,
+                              progress(val_batches, "evaluation"), config.size, device)
+            result |= {"step": state.step, "epoch": epoch}
+            if state.constant["baseline"]:
+                result["delta_m"] = delta_m(result["results"], state.constant["baseline"])
+            log.write(to_json(result) + "\n")
+            print(f"epoch {epoch}: {format_line(tasks, result)}")
+            state.latest = result
+            if state.best is None or validation_score(result) > validation_score(state.best):
+                state.best = result
+                state.save(out / "best.pt", resumable=False)
+            losses.restart(state.step)          # evaluation does not count as training time
+        if end_of_epoch:
+            state.save(out / "last.pt", resumable=True)
     log.close()
-    load_trained(model, read_checkpoint(out / "best.pt"), out / "best.pt")
+
+
+def report(config: argparse.Namespace, state: State, tasks: Sequence, val_set,
+           counts: dict[str, int]) -> dict:
+    """Write and print the results of the best epoch; returns the content of metrics.json.
+
+    counts: numbers of parameters, from cost.ledger.
+    """
+    out, device = Path(config.out), next(state.model.parameters()).device
+    load_trained(state.model, read_checkpoint(out / "best.pt"), out / "best.pt")
+    val_batches = loader(val_set, [[i] for i in range(len(val_set))], config.workers)
     constants = reference(tasks, val_batches, config.size)
+    best, latest = state.best, state.latest
     metrics = {**best, "last": latest, "reference": constants, **counts, "seed": config.seed,
-               "tree": name_tree(tree, config.tasks), "dataset": config.dataset,
-               "flags": flags, "versions": VERSIONS}
+               "tree": name_tree(state.constant["tree"], config.tasks), "dataset": config.dataset,
+               "flags": state.constant["config"], "versions": VERSIONS}
     write_json(out / "metrics.json", metrics)
-    draw_samples(out / "predictions.png", predictor(model, amp), tasks, val_set, config.size,
+    predict = predictor(state.model, amp_dtype(config.amp, device))
+    draw_samples(out / "predictions.png", {"prediction": predict}, tasks, val_set, config.size,
                  device)
     draw_curves(out / "curves.png", out / "log.jsonl", tasks)
-    draw_tree(out / "tree.png", out / "tree.json")
     print(f"best epoch {best['epoch']}: {format_table(tasks, best, constants, config.size)}\n"
           f"last epoch {latest['epoch']}: {format_line(tasks, latest)}\n"
           f"wrote {out}/: metrics.json predictions.png curves.png tree.png tree.json best.pt "
           "last.pt log.jsonl")
     return metrics
+
+
+def run(config: argparse.Namespace) -> dict:
+    """The whole method, from the settings to the results.
+
+    Returns the content of metrics.json, or of tree.json with --tree-only. Raises ValueError if a
+    setting or a file is wrong, or if a loss or weight is no longer finite.
+    """
+    device, out = pick_device(config.device), Path(config.out)
+    tasks = make_tasks(config.tasks, CLASSES.get(config.dataset))
+    last = state_to_continue(config, out)       # None: a new run
+    if last:
+        tree, similarity, baseline = last["tree"], last["similarity"], last["baseline"]
+    else:
+        tree, similarity = known_tree(config), {"similarity": None}
+        baseline = read_baseline(config, tasks)
+    print(describe(config))
+    train_set, val_set = open_dataset(config, "train"), open_dataset(config, "val")
+
+    if tree is None:
+        tree, similarity = find_tree(config, tasks, train_set, device)
+    elif config.method == "tglora":
+        print(f"the tree is known, so no similarity is measured\n{format_tree(tree, config.tasks)}")
+    if config.tree_only:
+        make_folder(out)
+        return write_tree(out, config, tree, similarity)
+
+    model = build(config, tasks, tree).to(device)
+    counts = ledger(model)
+    print(f"trained parameters: adapters {counts['adapters']:,} + decoders {counts['decoders']:,} "
+          f"+ others {counts['others']:,} = {counts['trainable']:,} of {counts['total']:,}")
+    if config.compile:
+        model.compile(dynamic=False)            # in place: the weights keep their names
+
+    state = State(config, model, tree, similarity, baseline)
+    if last:
+        state.load(last, out / "last.pt")
+    else:
+        make_folder(out)
+        state.save(out / "last.pt", resumable=True)
+    write_tree(out, config, tree, similarity)
+    fit(config, state, tasks, train_set, val_set)
+    return report(config, state, tasks, val_set, counts)
 
 
 def make_folder(out: Path) -> None:

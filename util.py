@@ -239,19 +239,3 @@ def load_trained(model: nn.Module, state: dict, path: Path) -> None:
                          f"{', '.join(wrong[:4])}; the file may come from another version of this "
                          "code")
     model.load_state_dict(saved, strict=False)
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, path: Path) -> None:
-    """Load AdamW's state. Raises ValueError if a moment does not have its parameter's shape.
-
-    AdamW itself does not check the shapes: if a moment is smaller than its parameter, the fused
-    step writes past the end of the moment.
-    """
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    for i, moments in saved["state"].items():
-        for name in ("exp_avg", "exp_avg_sq"):
-            if moments[name].shape != params[i].shape:
-                raise ValueError(f"{path}: the optimizer's {name} number {i} does not have the "
-                                 "shape of its parameter, so the run cannot be resumed from this "
-                                 "file; restore it, or start a new run with another --out")
-    optimizer.load_state_dict(saved)

@@ -204,7 +204,7 @@ def reference(p, trained):
 
     Returns the losses and the gradient norm of each step, and the validation loss.
     """
-    rooms = [Rooms("train", TASKS, ROOMS, SIZE)[i] for i in range(ROOMS)]
+    rooms = [Rooms("train", TASKS, ROOMS, SIZE, night=True)[i] for i in range(ROOMS)]
     orders = [np.random.Generator(np.random.PCG64([SEED, e])).permutation(ROOMS).reshape(-1, BATCH)
               for e in range(EPOCHS)]
     steps, moments, log, norms = np.concatenate(orders), {}, [], []
@@ -218,7 +218,7 @@ def reference(p, trained):
         norms.append(adamw(p, trained, moments, step + 1, learning_rate(step, len(steps))))
         log.append({t: loss.item() for t, loss in losses.items()})
     with torch.no_grad():
-        val = [warp(collate([room]), SIZE) for room in (Rooms("val", TASKS, 2, SIZE)[i]
+        val = [warp(collate([room]), SIZE) for room in (Rooms("val", TASKS, 2, SIZE, night=True)[i]
                                                         for i in range(2))]
         validation = sum(WEIGHT[t] * loss_of(t, predict(p, t, image), labels[t]).item() / 2
                     for t in TASKS for image, labels in val)

@@ -28,6 +28,26 @@ def test_a_room_is_the_same_on_every_machine():
     assert colours == pytest.approx([168.591, 165.283, 182.376], abs=0.02)
 
 
+def test_a_night_camera_changes_the_image_but_no_label():
+    """At night, a room has 0.35 of its brightness by day, and noise with a standard deviation of 14.
+
+    The noise depends on the room's seed only.
+    """
+    day = render_room((0, 0, 0), 112, 112)
+    night = render_room((0, 0, 0), 112, 112, night=True)
+    assert all(torch.equal(day[name], night[name]) for name in day if name != "image")
+    assert torch.equal(night["image"], render_room((0, 0, 0), 112, 112, night=True)["image"])
+    noise = night["image"].float() - 0.35 * day["image"]
+    bright = day["image"] > 120                         # there, no value is cut off at 0
+    assert bright.sum() > 1000
+    assert noise[bright].mean().abs() < 1               # rounding down makes it about -0.3
+    assert noise[bright].std() == pytest.approx(14, abs=0.5)
+    assert (night["image"][~bright] == 0).any()
+    other = render_room((0, 0, 1), 112, 112, night=True)["image"].float()
+    other -= 0.35 * render_room((0, 0, 1), 112, 112)["image"]
+    assert np.corrcoef(noise.flatten(), other.flatten())[0, 1] < 0.1
+
+
 def test_a_dataset_of_rooms():
     """Different splits, seeds and indices give different rooms. Samples have the requested labels,
     and requesting a label that rooms do not have is an error."""
@@ -36,6 +56,8 @@ def test_a_dataset_of_rooms():
     assert torch.equal(train[3]["image"], render_room((0, 0, 3), 24, 32)["image"])
     val = Rooms("val", ["depth"], 4, (24, 32), seed=5)
     assert torch.equal(val[2]["image"], render_room((5, 1, 2), 24, 32)["image"])
+    dark = Rooms("val", ["depth"], 4, (24, 32), seed=5, night=True)
+    assert torch.equal(dark[2]["image"], render_room((5, 1, 2), 24, 32, night=True)["image"])
     different = [train[0], train[1], val[0], Rooms("val", [], 4, (24, 32))[0]]
     assert len({sample["image"].float().mean().item() for sample in different}) == 4
     with pytest.raises(ValueError, match="no labels for height; they have semseg, depth, normals"):

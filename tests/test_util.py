@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import util
-from util import (all_finite, amp_dtype, fingerprint, load_optimizer, load_trained, one_line_errors,
+from util import (all_finite, amp_dtype, fingerprint, load_trained, one_line_errors,
                   pick_device, progress, read_checkpoint, reading, save, to_json, trained_state,
                   write_whole)
 
@@ -96,21 +96,6 @@ def test_a_checkpoint_only_fits_its_own_backbone():
     state["model"]["1.bias"] = torch.zeros(7)
     with pytest.raises(ValueError, match="1 weights are missing, unknown or have the wrong shape"):
         load_trained(model, state, Path("best.pt"))
-
-
-def test_an_optimizer_of_another_shape_is_refused():
-    """`load_optimizer` refuses moments that do not have the shapes of the parameters.
-
-    AdamW itself does not check this.
-    """
-    p = nn.Parameter(torch.ones(4))
-    optimizer = torch.optim.AdamW([p])
-    p.sum().backward()
-    optimizer.step()
-    saved = optimizer.state_dict()
-    load_optimizer(torch.optim.AdamW([nn.Parameter(torch.ones(4))]), saved, Path("last.pt"))
-    with pytest.raises(ValueError, match="last.pt: the optimizer's exp_avg number 0"):
-        load_optimizer(torch.optim.AdamW([nn.Parameter(torch.ones(5))]), saved, Path("last.pt"))
 
 
 def test_errors_while_reading_name_the_file(tmp_path):
