@@ -8,6 +8,7 @@ torchvision needs anyway.
 import json
 import math
 from collections.abc import Callable, Sequence
+from itertools import permutations
 from pathlib import Path
 
 import torch
@@ -101,16 +102,17 @@ def place_legends(entries: dict[str, list], font: ImageFont.FreeTypeFont, line: 
 
 
 def draw_grid(path: Path, titles: Sequence[str],
-              rows: Sequence[tuple[str, Sequence[Tensor | None]]], tasks: Sequence) -> None:
+              rows: Sequence[tuple[str, Sequence[Tensor | None]]], tasks: Sequence,
+              striped: bool = False) -> None:
     """Write a PNG with a grid of pictures of equal size, and legends at the bottom.
 
     titles: one above each column. rows: (name, pictures); the name is written on the left. A
     picture may be None, except the very first, which gives the size. If its longer side is below
-    200 pixels, all pictures are enlarged.
+    160 pixels, all pictures are enlarged. striped: explain striped pixels in the legend.
     """
     height, width = rows[0][1][0].shape[1:]
-    zoom = math.ceil(200 / max(height, width))
-    height, width = zoom * height, zoom * width
+    zoom = max(1, 160 / max(height, width))
+    height, width = round(zoom * height), round(zoom * width)
     font = ImageFont.load_default(max(13, width // 24))
     line, gap = round(1.5 * font.size), 8
     left = gap + round(max(font.getlength(name) for name, _ in rows)) + gap
@@ -118,8 +120,8 @@ def draw_grid(path: Path, titles: Sequence[str],
     right = left + column * len(titles)
     legend_top = gap + line + (height + gap) * len(rows)
     entries = {f"{task.name}:": legend(task) for task in tasks}
-    if "ground truth" in dict(rows):
-        entries["black:"] = [("no ground truth", torch.zeros(3))]
+    if striped:
+        entries["striped:"] = [("no ground truth", torch.full((3,), 0.5))]
     words = place_legends(entries, font, line, gap, right)
     legend_lines = max((number + 1 for _, number, _, _ in words), default=0)
     bottom = legend_top + line * legend_lines + gap
@@ -146,22 +148,35 @@ def draw_grid(path: Path, titles: Sequence[str],
 
 
 @torch.no_grad()
-def draw_samples(path: Path, predict: Callable, tasks: Sequence, dataset, size: tuple[int, int],
-                 device: torch.device, count: int = 2) -> None:
-    """Draw the first `count` samples: the ground truth of each task above its prediction."""
-    rows = []
+def draw_samples(path: Path, predictors: dict[str, Callable], tasks: Sequence, dataset,
+                 size: tuple[int, int], device: torch.device, count: int = 2) -> None:
+    """Draw the first `count` samples: the ground truth of each task above its predictions.
+
+    predictors: {name: function from image (1, 3, H, W) to {task: prediction}}; each gets one row
+    per sample. Pixels without ground truth are striped.
+    """
+    H, W = size
+    diagonal = torch.arange(H)[:, None] + torch.arange(W)
+    stripes = 0.5 * (diagonal % 8 < 4)                              # (H, W), black and grey
+    rows, striped = [], False
     for i in range(min(count, len(dataset))):
         batch = collate([dataset[i]])
         image, labels = warp(batch, size, device)
-        predictions = predict(image)
         photo = batch["image"].float() / 255
         truth = [F.interpolate(photo, size, mode="bilinear", antialias=True)[0]]
-        prediction = [None]
         for task in tasks:
-            truth.append(task.colours(labels[task.name][0].cpu()))
-            prediction.append(task.colours(predictions[task.name][0].float().cpu()))
-        rows += [("ground truth", truth), ("prediction", prediction)]
-    draw_grid(path, ["image", *(task.name for task in tasks)], rows, tasks)
+            label = labels[task.name].cpu()
+            valid = task.valid(label).reshape(H, W)
+            truth.append(torch.where(valid, task.colours(label[0]), stripes))
+            striped = striped or not valid.all()
+        rows.append(("ground truth", truth))
+        for name, predict in predictors.items():
+            predictions = predict(image)
+            row = [None]
+            for task in tasks:
+                row.append(task.colours(predictions[task.name][0].float().cpu()))
+            rows.append((name, row))
+    draw_grid(path, ["image", *(task.name for task in tasks)], rows, tasks, striped)
 
 
 def draw_photos(photos: Sequence[Path], folder: Path, predict: Callable, tasks: Sequence,
@@ -169,7 +184,7 @@ def draw_photos(photos: Sequence[Path], folder: Path, predict: Callable, tasks: 
     """Draw every task's prediction for each photo, as folder/NAME.predicted.png.
 
     If that file exists, a number is added to the name. Predictions are drawn at the size of the
-    photo. A photo above 2048 pixels per side is shrunk first, and a picture below 200 pixels is
+    photo. A photo above 2048 pixels per side is shrunk first, and a picture below 160 pixels is
     enlarged. size: (H, W) of the network's input; None means the size of the photo. Returns the
     paths. If a photo cannot be read or is too small, the others are still drawn, and then a
     ValueError names that photo.
@@ -309,15 +324,18 @@ def draw_tree(path: Path, source: Path) -> None:
 
     if similarity:
         title(0, "Similarity of the tasks' gradients ± standard error")
+        strongest = max(abs(similarity[t][u]) for t, u in permutations(range(len(tasks)), 2))
         for i, task in enumerate(order):
             y = ROW * (i + 2)
             box(i, ROW, [task])
             box(-1, y, [task])
             for j, other in enumerate(order):
+                if task == other:
+                    continue
                 t, u = tasks.index(task), tasks.index(other)
                 value, error = similarity[t][u], saved["standard_error"][t][u]
                 text = f"{value:.3f} ± {error:.3f}" if error else f"{value:.3f}"
-                pale = round(255 - 120 * abs(value) ** 0.5)
+                pale = round(255 - 120 * abs(value) / strongest)
                 colour = (pale, pale, 255) if value > 0 else (255, pale, pale)
                 box(j, y, [text], fill=colour)
     title(tree_top, "The tree: tasks in one box share their adapters")

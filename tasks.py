@@ -29,6 +29,7 @@ section 4.1.
 import math
 from collections.abc import Sequence
 from copy import copy
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -265,13 +266,17 @@ class Depth:
         return values.mean()[None]
 
     def colours(self, x: Tensor) -> Tensor:
-        """Metres (1, H, W) -> RGB (3, H, W): near is yellow, 10 m dark blue, and invalid black."""
-        depth = x[0]
-        t = (depth / 10).clamp(0, 1).sqrt()
-        red = 1.6 - 2.0 * t
-        green = 1.3 - 1.4 * t
-        blue = 0.15 + 1.2 * t * (1 - t) + 0.25 * t
-        return torch.stack([red, green, blue]).clamp(0, 1) * (depth != 0)
+        """Metres (1, H, W) -> RGB (3, H, W): near is light, 10 m is dark, and invalid is black.
+
+        The colours are much like those of matplotlib's colour map magma.
+        """
+        anchors = torch.tensor([[252, 253, 191], [252, 137, 97], [183, 55, 121], [81, 18, 124],
+                                [40, 16, 84]], device=x.device) / 255   # 0, 2.5, 5, 7.5, 10 m
+        colour = anchors[0].view(3, 1, 1)
+        for i, (near, far) in enumerate(pairwise(anchors)):
+            share = (x / 2.5 - i).clamp(0, 1)                       # 0 at `near`, 1 at `far`
+            colour = colour + share * (far - near).view(3, 1, 1)
+        return colour * (x != 0)
 
 
 class Normals:

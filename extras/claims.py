@@ -1,20 +1,16 @@
-"""Verdicts on claims, computed from paired differences, and shown as a table and as a picture.
+"""The statistics of the study: verdicts on its claims, the spread between trees, and a figure.
 
-    judged = judge({("tglora", "random"): [0.4, 0.1, 0.5]}, claims)
-    print(format_claims(judged))
-    draw_claims("claims.png", judged, claims["margin"])
+    result = compare([0.4, 0.1, 0.5, 0.3], by=0.0, margin=0.5)  # differences, paired by seed
+    result.mean, result.low, result.high                        # with its 95 % interval
+    result.p, result.p_equivalent                               # two tests of these differences
 
-A claim (better, worse) says that the arm `better` of the study has a higher delta-m than the arm
-`worse`. It is judged by the differences in delta-m, one per seed. There are four verdicts:
+A small `p` says that the mean differs from `by` (two-sided t-test). A small `p_equivalent` says
+that the mean lies within +-margin (two one-sided t-tests, which belong to a 90 % interval). If
+neither p-value is small, nothing is decided: a large `p` does not show that the mean is `by`.
 
-    holds           the mean is above 0, and its p-value after Holm's correction is below the level
-    does not hold   the mean is below 0, and its p-value after Holm's correction is below the level
-    equivalent      the test of equivalence says that the mean lies within the margin
-    undecided       none of these; more seeds might decide it
-
-If one of the first two is true and the test of equivalence also succeeds, the verdict says both, as
-in "holds, but within 0.5 points". `claims` has the keys level, margin, better and equivalent, like
-CLAIMS in study.py.
+References: Holm, Scandinavian Journal of Statistics 1979 (many tests); Schuirmann, Journal of
+Pharmacokinetics and Biopharmaceutics 1987 (equivalence); Smithson, Educational and Psychological
+Measurement 2001 (intervals from the noncentral F distribution).
 """
 
 import math
@@ -22,99 +18,155 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont         # Pillow comes with torchvision
+from scipy import stats
+from scipy.optimize import brentq
 
-from extras.intervals import Comparison, compare, holm, verdict
-from extras.table import aligned
-
-
-class Judged(NamedTuple):
-    """A claim, its differences by seed, and the results of its tests."""
-
-    better: str
-    worse: str
-    differences: list[float]
-    comparison: Comparison
-    p_holm: float
-    p_equivalent: float | None          # None if equivalence is not tested
-    verdict: str
+LEVEL = 0.05
 
 
-def judge(differences: dict[tuple[str, str], list[float]], claims: dict) -> list[Judged]:
-    """Test each claim that has at least two differences.
+# --- differences between two arms -----------------------------------------------------------------
+class Comparison(NamedTuple):
+    """The mean of paired differences, its intervals, and the p-values of two tests."""
 
-    differences: {(better, worse): one difference per seed} for all of claims["better"].
+    mean: float
+    low: float              # both ends of the 95 % interval
+    high: float
+    low90: float            # both ends of the 90 % interval
+    high90: float
+    p: float                # small if the mean differs from `by`
+    p_equivalent: float     # small if the mean lies within +-margin
+    detectable: float       # the distance from `by` that such a test finds in 80 % of all studies
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.2f} ({self.low:+.2f} to {self.high:+.2f})"
+
+
+def compare(differences: Sequence[float], by: float = 0.0, margin: float = math.nan,
+            level: float = LEVEL) -> Comparison:
+    """The mean of two or more differences, its intervals, and both tests.
+
+    level: level of the test for which `detectable` is computed.
     """
-    names = [tuple(claim) for claim in claims["better"] if len(differences[tuple(claim)]) > 1]
-    comparisons = [compare(differences[name], claims["margin"]) for name in names]
-    # Holm's correction also counts the claims that are not tested, with p = 1. Otherwise, leaving
-    # out arms would make the other p-values smaller.
-    left_out = [1.0] * (len(claims["better"]) - len(names))
-    adjusted = holm([comparison.p for comparison in comparisons] + left_out)
-
-    judged = []
-    for name, comparison, p_holm in zip(names, comparisons, adjusted):
-        p_equivalent = None
-        if list(name) in claims["equivalent"]:
-            p_equivalent = comparison.p_equivalent
-        answer = verdict(comparison.mean, p_holm, p_equivalent, claims["margin"], claims["level"])
-        judged.append(Judged(*name, differences[name], comparison, p_holm, p_equivalent, answer))
-    return judged
+    test = stats.ttest_1samp(differences, by)
+    interval = test.confidence_interval(0.95)
+    interval90 = test.confidence_interval(0.90)
+    above = stats.ttest_1samp(differences, -margin, alternative="greater").pvalue
+    below = stats.ttest_1samp(differences, margin, alternative="less").pvalue
+    freedom = len(differences) - 1
+    error = stats.sem(differences)
+    detectable = (stats.t.ppf(1 - level / 2, freedom) + stats.t.ppf(0.8, freedom)) * error
+    return Comparison(float(np.mean(differences)), *map(float, (*interval, *interval90)),
+                      float(test.pvalue), float(max(above, below)), float(detectable))
 
 
-def format_p(p: float | None) -> str:
-    if p is None:
-        return "-"
+def format_p(p: float) -> str:
     return "<0.0001" if p < 0.0001 else f"{p:.4f}"
 
 
-def format_claims(judged: Sequence[Judged]) -> str:
-    """The verdicts as a table of text, with one row per claim."""
-    rows = [["claim", "mean", "95 % interval", "pairs", "p", "p, Holm", "p, equivalence",
-             "verdict"]]
-    for claim in judged:
-        c = claim.comparison
-        rows.append([f"{claim.better} > {claim.worse}", f"{c.mean:+.2f}",
-                     f"{c.low:+.2f} to {c.high:+.2f}", str(c.count), format_p(c.p),
-                     format_p(claim.p_holm), format_p(claim.p_equivalent), claim.verdict])
-    return aligned(rows)
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p-values.
 
-
-def draw_claims(path: Path, judged: Sequence[Judged], margin: float) -> None:
-    """Write a PNG with one row per claim: a dot per seed, the mean, its interval, and the verdict.
+    If you make only the claims whose adjusted p is below 0.05, the chance of making any false claim
+    is at most 5 %.
     """
-    left, top, width, right, height = 180, 40, 520, 380, 34         # pixels; height of a row
+    adjusted = [0.0] * len(p_values)
+    largest = 0.0
+    for rank, i in enumerate(np.argsort(p_values)):
+        largest = max(largest, (len(p_values) - rank) * p_values[i])
+        adjusted[i] = min(1.0, largest)
+    return adjusted
+
+
+def verdict(comparison: Comparison, by: float, p_holm: float, test_equivalence: bool) -> str:
+    """The verdict on the claim that a mean difference is above `by`.
+
+    "holds" or "does not hold" if p_holm is below LEVEL, "equivalent" if only the test of
+    equivalence succeeds, and otherwise "undecided".
+    """
+    equivalent = test_equivalence and comparison.p_equivalent < LEVEL
+    if p_holm < LEVEL:
+        answer = "holds" if comparison.mean > by else "does not hold"
+        return f"{answer}, within the margin" if equivalent else answer
+    return "equivalent" if equivalent else "undecided"
+
+
+# --- differences between all trees ----------------------------------------------------------------
+class Spread(NamedTuple):
+    """How much delta-m differs between trees, and between seeds, in points."""
+
+    trees: float            # standard deviation of the trees' true means, 0 or more
+    low: float              # both ends of its 95 % interval
+    high: float
+    seeds: float            # standard deviation of the seeds' means over all trees
+    rest: float             # standard deviation of a run, without its tree's and its seed's means
+    p: float                # F-test: small if the trees differ
+
+
+def spread_of_trees(gains: np.ndarray) -> Spread:
+    """Two-way analysis of variance without repetition. gains: (seeds, trees), delta-m of each run.
+
+    The variance of the trees' observed means contains noise, which is subtracted. The interval
+    consists of all noncentralities for which the observed F is not surprising.
+    """
+    S, T = gains.shape
+    tree_means = gains.mean(0)
+    seed_means = gains.mean(1, keepdims=True)
+    rest = gains - tree_means - seed_means + gains.mean()
+    freedom = T - 1, (S - 1) * (T - 1)
+    noise = (rest ** 2).sum() / freedom[1]                      # variance of one run
+    F = S * tree_means.var(ddof=1) / noise
+
+    def spread(noncentrality: float) -> float:
+        return math.sqrt(max(0.0, noncentrality) * noise / (S * (T - 1)))
+
+    def noncentrality(probability: float) -> float:
+        """The noncentrality for which a value up to F has this probability, or 0."""
+        def excess(x: float) -> float:
+            return stats.ncf.cdf(F, *freedom, x) - probability
+
+        if stats.f.cdf(F, *freedom) < probability:
+            return 0.0
+        high = 1.0
+        while excess(high) > 0:
+            high *= 2
+        return brentq(excess, 1e-9, high)
+
+    return Spread(spread((F - 1) * (T - 1)), spread(noncentrality(0.975)),
+                  spread(noncentrality(0.025)), float(seed_means.std(ddof=1)), math.sqrt(noise),
+                  float(stats.f.sf(F, *freedom)))
+
+
+# --- the figure -----------------------------------------------------------------------------------
+def draw_rows(path: Path, title: str, rows: dict[str, Sequence[float]], marked: str) -> None:
+    """Write a PNG with one row per name: the mean of the values and its 95 % interval.
+
+    Each value is one seed's. marked: the name of the row that is drawn in another colour.
+    """
+    left, top, width, right, height = 330, 40, 440, 170, 26         # pixels; height of a row
     font = ImageFont.load_default(13)
-    values = [-1.0, 1.0]
-    for claim in judged:
-        values += [*claim.differences, claim.comparison.low, claim.comparison.high]
-    low, high = math.floor(min(values)), math.ceil(max(values))
-    bottom = top + height * len(judged)
-    picture = Image.new("RGB", (left + width + right, bottom + 34), "white")
+    intervals = {name: compare(values) for name, values in rows.items()}
+    low = math.floor(min(c.low for c in intervals.values()))
+    high = math.ceil(max(c.high for c in intervals.values()))
+    bottom = top + height * len(rows)
+    picture = Image.new("RGB", (left + width + right, bottom + 30), "white")
     pen = ImageDraw.Draw(picture)
 
     def position(value: float) -> float:
         return left + width * (value - low) / (high - low)
 
-    pen.text((left, 12), "difference in delta-m, points (dot: one seed; bar: mean and 95 % "
-             f"interval; shaded: within {margin:g})", "black", font)
-    pen.rectangle((position(-margin), top, position(margin), bottom), fill="gainsboro")
-    step = max(1, (high - low) // 10)
-    for tick in range(low + -low % step, high + 1, step):           # multiples of the step
+    pen.text((left, 10), title, "black", font)
+    for tick in range(low, high + 1):
         x = position(tick)
-        pen.line((x, top, x, bottom), "silver")
+        pen.line((x, top, x, bottom), "black" if tick == 0 else "gainsboro")
         pen.text((x, bottom + 6), f"{tick:+d}" if tick else "0", "black", font, anchor="ma")
-    pen.line((position(0), top, position(0), bottom), "black")
-
-    y = top + height / 2
-    for claim in judged:
-        c = claim.comparison
-        pen.text((left - 12, y), f"{claim.better} - {claim.worse}", "black", font, anchor="rm")
-        for difference in claim.differences:
-            x = position(difference)
-            pen.ellipse((x - 3, y - 3, x + 3, y + 3), outline="black", fill="orange")
-        pen.line((position(c.low), y + 9, position(c.high), y + 9), "royalblue", 3)
-        pen.line((position(c.mean), y + 4, position(c.mean), y + 14), "royalblue", 3)
-        pen.text((left + width + 12, y), f"{c}  {claim.verdict}", "black", font, anchor="lm")
-        y += height
+    for i, (name, c) in enumerate(intervals.items()):
+        y = top + height * (i + 0.5)
+        colour = "darkorange" if name == marked else "royalblue"
+        pen.text((left - 12, y), name, "black", font, anchor="rm")
+        pen.line((position(c.low), y, position(c.high), y), colour, 3)
+        x = position(c.mean)
+        pen.ellipse((x - 5, y - 5, x + 5, y + 5), fill=colour)
+        pen.text((left + width + 12, y), str(c), "black", font, anchor="lm")
     picture.save(path)

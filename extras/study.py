@@ -1,201 +1,117 @@
-"""Does sharing adapters by similarity help? This study trains 13 arms with several seeds each.
+"""Does it matter which tasks share their adapters? This study trains every possible tree.
 
-    python -m extras.study                # train all arms on rooms, then print the verdicts
-    python -m extras.study --quick        # three arms and one seed, compared with recorded values
-    python -m extras.study --dataset nyud --data-root data       # all arms on NYUD-v2
+    python -m extras.study                # train everything on rooms, then print the verdicts
+    python -m extras.study --quick        # three runs of one seed, compared with recorded values
+    python -m extras.study --dataset nyud --data-root data       # the same questions on NYUD-v2
 
-An arm of the study is a method with its flags. The learning rate of each arm is chosen on one seed,
-and the reported results come from other seeds. The claims are written to OUT/study.json before the
-first run, and every finished run is added there at once, so a study that was stopped continues with
-the same command. docs/STUDY.md explains the design and shows the results on rooms.
-References: arXiv 2509.19602, section 4.2 and eq. 7 (delta-m); extras/lookahead.py.
+Some stages of the tree divide the tasks into k groups. With four tasks and k = 2 there are exactly
+seven ways to do so, and the study trains all seven trees, next to sharing everything, sharing
+nothing, and training no adapters. Learning rates and the setting were chosen on seeds that are not
+reported. The claims are written to OUT/study.json before the first run, and each finished run is
+added there at once, so a study that was stopped continues with the same command.
+docs/STUDY.md explains the design and shows the results on rooms.
+References: arXiv 2509.19602, sections 3.3 and 4.2, table 4, eq. 6 and 7.
 """
 
 import argparse
 import json
 import math
-import multiprocessing
 import os
 import platform
-import threading
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import redirect_stdout
-from functools import lru_cache
-from itertools import combinations
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy import stats
 
-import rooms
 import train
-from extras import lookahead
-from extras.claims import Judged, draw_claims, format_claims, judge
-from extras.intervals import (bootstrap_interval, compare, correlation_of_means,
-                              split_half_reliability)
-from extras.table import aligned, format_runs, mean_results, spread
-from grouping import build_tree, name_tree
-from recipes import UNUSED, parse_arguments
+from extras.claims import LEVEL, compare, draw_rows, format_p, holm, spread_of_trees, verdict
+from extras.table import aligned, format_runs, mean_results
+from grouping import Partition, build_tree, name_tree, partitions, score
+from recipes import parse_arguments
 from tasks import delta_m, make_tasks
 from util import VERSIONS, one_line_errors, progress, reading, write_json
 
-Run = dict                              # a run's entry in study.json: its flags, results, tree, ...
+ROOT = Path(__file__).parent.parent
+Run = dict                              # a run's entry in study.json: its flags, results, ...
+Gains = dict[str, dict[int, float]]     # {arm: {seed: delta-m}}
 
 # --- the questions, fixed before the reported seeds were run --------------------------------------
-CHOICE_SEED = 0                         # the seed for choosing learning rates; not reported
-SEEDS = list(range(10, 23))             # the reported seeds; an arm uses the first 13, 6 or 5
-PAIR_SEEDS = 6                          # number of seeds for the runs with only two tasks
+CHOICE_SEEDS = [0, 1]                   # for choosing rates (the first) and checks; not reported
+SEEDS = list(range(10, 19))             # reported; an arm with fewer seeds uses the first of these
 
+EVERYTHING, NOTHING, DECODERS = "everything shared", "nothing shared", "decoders only"
+COSINE, OTHERS, SHAPE = "the cosine's tree", "mean of the other trees", "the same, of its shape"
 CLAIMS = {                              # copied to study.json when a study starts
-    "date": "2026-11-26",
+    "date": "2026-11-30",
     "seeds": SEEDS,
-    "level": 0.05,
-    "margin": 0.5,                      # margin of equivalence, in points of delta-m
-    "better": [                         # claims: the first arm has the higher delta-m
-        ["tglora", "mtl-lora"],
-        ["tglora", "single-lora"],
-        ["tglora", "multi-full"],
-        ["tglora", "least-similar"],
-        ["tglora", "random"],
-        ["tglora", "lookahead"],
-        ["tglora", "task-specific"],
-    ],
-    "equivalent": [                     # pairs that are also tested for equivalence
-        ["tglora", "least-similar"],
-        ["tglora", "random"],
-        ["tglora", "lookahead"],
-        ["tglora", "task-specific"],
-    ],
+    "level": LEVEL,                     # after Holm's correction for the number of claims
+    "better": COSINE,
+    # [the cosine's tree has a higher delta-m than this, by more than so many points]
+    "than": [[EVERYTHING, 0], [NOTHING, 0], [DECODERS, 10], [OTHERS, 0], [SHAPE, 0]],
+    "equivalent": [OTHERS, SHAPE],      # these are also tested for equivalence
+    "margin": "half the mean lead of the cosine's tree over the nearer of everything shared and "
+              "nothing shared, on the choosing seeds",
 }
 SETTINGS = {                            # {dataset: flags of every run}; others use their recipe
-    "rooms": "--tasks human_parts,sal,depth,normals --groups 1,2,2,4 --rank 8 --batch-size 4 "
-             "--train-rooms 300 --epochs 4 --eval-every 4 --val-rooms 256 --amp bf16",
+    "rooms": "--tasks human_parts,sal,depth,normals --batch-size 4 --train-rooms 600 --epochs 2 "
+             "--eval-every 1000 --val-rooms 192",
 }
-MTLORA_RANK = {"rooms": 2}              # gives as many adapter parameters as in the LoRA arms
+GROUPS = {4: (1, 2, 2, 4)}              # {number of tasks: groups}; otherwise the paper's
+MTLORA_RANK = {"rooms": 5}              # gives as many adapter parameters as in the LoRA arms
 
+BASELINE = "single-task full"           # of delta-m
+TREE = "tree"                           # stands for all trees, which share one learning rate
 ARMS = {                                # {arm: (number of seeds, flags)}; T: number of tasks
-    "single-full": (5, "--method full"),        # the first arm is the baseline of delta-m
-    "multi-full": (5, "--method full"),
-    "decoders": (5, "--method decoders"),
-    "single-lora": (6, "--groups 1,1,1,1 --rank {rank_per_task}"),
-    "mtl-lora": (13, "--groups 1,1,1,1"),
-    "shared-late": (5, "--groups 1,1,1,{T}"),
-    "task-specific": (13, "--groups {T},{T},{T},{T}"),
-    "tglora": (13, ""),                 # these four differ only in how the tree is chosen
-    "least-similar": (13, ""),
-    "random": (13, ""),
-    "lookahead": (13, ""),
-    "mtlora": (5, "--method mtlora --rank {mtlora_rank}"),
+    BASELINE: (5, "--method full"),                 # one network per task
+    "multi-task full": (5, "--method full"),
+    DECODERS: (9, "--method decoders"),
+    EVERYTHING: (9, "--groups 1,1,1,1"),
+    NOTHING: (9, "--groups T,T,T,T"),
+    "mtlora": (5, "--method mtlora"),
     "bdta": (5, "--method bdta"),
 }
-SINGLE = ("single-full", "single-lora")         # one network per task
-WITH_TREE = ("tglora", "least-similar", "random", "lookahead")
-QUICK_ARMS = ("single-full", "mtl-lora", "tglora")
 TOLERANCE = 1.0         # percent; --quick marks larger differences from the recorded values
 
 
-def run_flags(flags: Sequence[str], own: Sequence[str]) -> list[str]:
-    """All flags of a run: the study's `flags`, then the run's `own` flags, which override them.
+def all_trees(num_tasks: int, groups: Sequence[int]) -> list[list[Partition]]:
+    """Every tree with these numbers of groups, as partitions of task indices.
 
-    Flags of the study that the run's method does not use are left out, each with its value.
+    Raises ValueError unless all stages that neither share everything nor nothing have the same
+    number of groups: the tree then depends on a single partition.
     """
-    method = own[own.index("--method") + 1] if "--method" in own else "tglora"
-    left_out = {"--" + name.replace("_", "-") for name in UNUSED[method]}
-    left_out |= {flag for flag in own if flag.startswith("--")}
-    kept = []
-    for i, flag in enumerate(flags):
-        if flag not in left_out and (i == 0 or flags[i - 1] not in left_out):
-            kept.append(flag)
-    return [*kept, *own]
+    T = num_tasks
+    middle = set(groups) - {1, T}
+    if len(middle) != 1 or list(groups) != sorted(groups):
+        raise ValueError(f"the study needs groups such as 1,2,2,{T}: stages with one group, then "
+                         f"stages with the same number of groups, then stages with {T} groups; "
+                         f"got {','.join(map(str, groups))}")
+    k = middle.pop()
+    trees = []
+    for partition in partitions(tuple(range(T))):
+        if len(partition) == k:
+            stages = {1: [tuple(range(T))], k: sorted(partition), T: [(t,) for t in range(T)]}
+            trees.append([stages[count] for count in groups])
+    return sorted(trees, key=lambda tree: (shape(tree), tree))
 
 
-def chosen_with(arm: str) -> str:
-    """The arm whose learning rate `arm` uses: arms that differ only in their tree share a rate."""
-    return "tglora" if arm in WITH_TREE else arm
+def shape(tree: Sequence[Partition]) -> list[list[int]]:
+    """The sizes of the groups in each stage, largest first."""
+    return [sorted(map(len, partition), reverse=True) for partition in tree]
 
 
-def arm_tree(arm: str, similarity: np.ndarray, groups: Sequence[int], seed: int) -> list:
-    """The tree of an arm in WITH_TREE, as partitions of task indices.
-
-    similarity: (T, T) similarities, or affinities for the arm lookahead.
-    """
-    if arm == "least-similar":
-        return build_tree(-similarity, groups)
-    tree = similar = build_tree(similarity, groups)
-    rng = np.random.default_rng(seed)
-    while arm == "random" and tree == similar:
-        tree = build_tree(rng.normal(size=similarity.shape), groups)
-    return tree
+def tree_name(tree: Sequence[Partition], tasks: Sequence[str]) -> str:
+    """The groups of the stage that distinguishes the tree, such as "sal+depth,normals"."""
+    partition = next(p for p in tree if 1 < len(p) < len(tasks))
+    return ",".join("+".join(tasks[t] for t in group) for group in partition)
 
 
-# --- one run, in a worker process -----------------------------------------------------------------
-class Job(NamedTuple):
-    """A run that is to be done."""
-
-    flags: list[str]                    # of train.py, without --out
-    tree: list | None = None            # the tree for --tree, as names of tasks
-    program: Callable = train.run       # or lookahead.run
-
-
-def start_worker(gpus: multiprocessing.Queue) -> None:
-    """Prepare this process for many runs on one thread and, if the machine has GPUs, on one GPU."""
-    torch.set_num_threads(1)
-    if not torch.cuda.is_available():   # on a CPU, flash attention's bf16 gradient is slow
-        torch.backends.cuda.enable_flash_sdp(False)
-    rooms.render_room = lru_cache(2000)(rooms.render_room)  # all runs of a seed use the same rooms
-    gpu = gpus.get()
-    if gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)   # before CUDA starts in this process
-    threading.Thread(target=end_with_the_study, daemon=True).start()
-
-
-def end_with_the_study() -> None:
-    """End this worker when the study is killed; otherwise it would wait for work forever."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def perform(job: Job, folder: Path) -> Run:
-    """Train in `folder`, or finish the run that is there; returns the run's entry in study.json.
-
-    If the run diverges (a number in it is not finite), the entry has the error message under
-    "failed" instead of results. Other errors are raised.
-    """
-    run = {"flags": " ".join(job.flags)}
-    argv = [*job.flags, "--out", str(folder)]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    if job.tree:
-        run["tree"] = job.tree
-        tree_file = folder.parent / f"{folder.name}.tree.json"
-        write_json(tree_file, {"tree": job.tree})
-        argv += ["--tree", str(tree_file)]
-    if (folder / "last.pt").exists():
-        argv = ["--out", str(folder), "--resume"]
-    elif folder.exists() and not any(folder.iterdir()):
-        folder.rmdir()                  # the run was killed before it wrote any file
-
-    tree_only = "--tree-only" in job.flags
-    result = folder / ("tree.json" if tree_only else "metrics.json")
-    if not result.exists():
-        try:
-            with open(folder.parent / f"{folder.name}.log", "a") as log, redirect_stdout(log):
-                job.program(parse_arguments(argv))
-        except ValueError as error:
-            if "not finite" not in str(error):
-                raise
-            return run | {"failed": str(error)}
-    if tree_only:
-        measured = json.loads(result.read_text())
-        return run | {"similarity": measured["similarity"], "tree": measured["tree"]}
-    metrics = train.read_results(result)
-    # Report the last epoch. The best epoch would be chosen on the validation images.
-    return run | {"results": metrics["last"]["results"], "trainable": metrics["trainable"]}
-
-
-# --- many runs ------------------------------------------------------------------------------------
+# --- the runs -------------------------------------------------------------------------------------
 class Study:
     """The finished runs of a study, by name. They are also saved in OUT/study.json."""
 
@@ -203,29 +119,25 @@ class Study:
         """Start a study in the folder `out`, or continue the study that is there.
 
         flags: flags of train.py for every run. jobs: number of runs that are trained at the same
-        time. Raises ValueError if the study in `out` has different flags or claims, or if the
-        flags leave no choice of tree.
+        time. Raises ValueError if the study in `out` has different flags or claims.
         """
-        self.out, self.jobs = out, jobs
+        self.out, self.flags, self.jobs = out, flags, jobs
         self.path = out / "study.json"
-        self.flags = flags
         self.config = parse_arguments(flags)
-        if train.known_tree(self.config):
-            raise ValueError("the study compares different trees, but these flags leave no choice "
-                             "of tree; leave out --tree, and give at least one stage in --groups "
-                             "more than one group, but fewer groups than there are tasks")
+        self.tasks = self.config.tasks
+        self.groups = GROUPS.get(len(self.tasks), self.config.groups)
+        self.trees = {}                 # {name: tree}
+        for tree in all_trees(len(self.tasks), self.groups):
+            self.trees[tree_name(tree, self.tasks)] = tree
         self.machines = []              # machines that have worked on this study
         self.rates = {}                 # {arm: chosen learning rate}
         self.runs = {}                  # {name: run}
         if self.path.exists():
             saved = read_study(self.path)
-            if saved["flags"] != " ".join(flags):
-                raise ValueError(f"{self.path} belongs to a study with the flags {saved['flags']}; "
-                                 "choose another --out, or repeat the command that started it")
-            if saved.get("claims") != CLAIMS:
-                raise ValueError(f"{self.path} belongs to a study whose claims are not those in "
-                                 "extras/study.py, and a study's claims may not change after its "
-                                 "start; choose another --out")
+            if saved["flags"] != " ".join(flags) or saved["claims"] != CLAIMS:
+                raise ValueError(f"{self.path} belongs to a study with other flags or claims, and "
+                                 "neither may change after its start; choose another --out, or "
+                                 "repeat the command that started it")
             self.machines, self.rates = saved["machines"], saved["rates"]
             self.runs = saved["runs"]
 
@@ -235,8 +147,8 @@ class Study:
         self.out.mkdir(parents=True, exist_ok=True)
         write_json(self.path, state)
 
-    def complete(self, wanted: dict[str, Job]) -> None:
-        """Do the `wanted` runs that are not finished yet, several at the same time."""
+    def complete(self, wanted: dict[str, list[str]]) -> None:
+        """Do those of the `wanted` runs, {name: flags}, that are not finished yet."""
         missing = [name for name in wanted if name not in self.runs]
         if not missing:
             return
@@ -244,90 +156,100 @@ class Study:
         if here not in self.machines:
             self.machines.append(here)
         self.save()
-        context = multiprocessing.get_context("spawn")      # CUDA does not survive a fork
-        num_gpus = torch.cuda.device_count()
-        gpus = context.Queue()
-        for i in range(self.jobs):
-            gpus.put(i % num_gpus if num_gpus else None)
-        pool = ProcessPoolExecutor(self.jobs, context, start_worker, (gpus,))
+        for name, tree in self.trees.items():
+            self.tree_file(name).parent.mkdir(exist_ok=True)
+            write_json(self.tree_file(name), {"tree": name_tree(tree, self.tasks)})
+        pool = ThreadPoolExecutor(self.jobs)
         names = {}                      # {future: name of its run}
         try:
             for name in missing:
-                names[pool.submit(perform, wanted[name], self.out / name)] = name
+                names[pool.submit(self.train, name, wanted[name])] = name
             for future in progress(as_completed(names), "runs", len(missing)):
                 self.runs[names[future]] = future.result()
                 self.save()
-        except BrokenProcessPool:
-            raise ValueError("a training process was killed, perhaps because it ran out of memory. "
-                             "To continue the study, give the same command again; --jobs 1 needs "
-                             "the least memory") from None
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def job(self, seed: int, own: str, tree: list | None = None,
-            program: Callable = train.run) -> Job:
-        """A run with this seed and with the flags `own` in addition to the study's.
+    def train(self, name: str, flags: list[str]) -> Run:
+        """Run train.py in OUT/name, or finish the run that is there; returns its entry.
 
-        On rooms, each seed trains on different rooms.
+        If the run diverges (a number in it is not finite), the entry has the error message under
+        "failed" instead of results. Any other error raises ValueError.
         """
-        own += f" --seed {seed}"
+        folder = self.out / name
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        log = folder.parent / f"{folder.name}.log"
+        command = [*self.flags, *flags]
+        run = {"flags": " ".join(flags)}
+        result = folder / ("tree.json" if "--tree-only" in command else "metrics.json")
+        if (folder / "last.pt").exists():
+            command = ["--resume"]
+        elif folder.exists() and not any(folder.iterdir()):
+            folder.rmdir()              # the run was killed before it wrote any file
+        if not result.exists():
+            with open(log, "a") as file:
+                code = subprocess.run([sys.executable, str(ROOT / "train.py"), *command, "--out",
+                                       str(folder)], stdout=file, stderr=file,
+                                      env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
+            if code != 0:
+                message = ["no message", *log.read_text().splitlines()][-1]
+                if "not finite" not in message:
+                    raise ValueError(f"the run {name} failed: {message} (see {log})")
+                return run | {"failed": message}
+        if "--tree-only" in flags:
+            return run | {"similarity": json.loads(result.read_text())["similarity"]}
+        # Report the last epoch. The best epoch would be chosen on the validation images.
+        metrics = train.read_results(result)
+        return run | {"results": metrics["last"]["results"], "trainable": metrics["trainable"]}
+
+    def tree_file(self, name: str) -> Path:
+        return self.out / "trees" / f"{name}.json"
+
+    def seed_flags(self, seed: int) -> list[str]:
+        """The seed. On rooms, each seed also trains on different rooms."""
+        flags = ["--seed", str(seed)]
         if self.config.dataset == "rooms":
-            own += f" --room-seed {seed}"
-        return Job(run_flags(self.flags, own.split()), tree, program)
+            flags += ["--room-seed", str(seed)]
+        return flags
 
-    def measuring_jobs(self, arms: Sequence[str], seed: int) -> dict[str, Job]:
-        """The runs that measure similarity and, if lookahead is one of the arms, affinity."""
-        jobs = {f"similarity/{seed}": self.job(seed, "--tree-only")}
-        if "lookahead" in arms:
-            jobs[f"affinity/{seed}"] = self.job(seed, "--tree-only", program=lookahead.run)
-        return jobs
+    def similarity_run(self, seed: int) -> dict[str, list[str]]:
+        """The run that measures the similarities with which the cosine's tree is chosen."""
+        groups = ",".join(map(str, self.groups))
+        return {f"similarity/{seed}": ["--groups", groups, "--tree-only", *self.seed_flags(seed)]}
 
-    def arm_jobs(self, arm: str, seed: int, rate: float | None = None) -> dict[str, Job]:
-        """The runs of an arm with one seed: a single run, or one per task for an arm in SINGLE.
+    def arm_runs(self, arm: str, seed: int, rate: float | None = None,
+                 epochs: int | None = None) -> dict[str, list[str]]:
+        """The runs of an arm with one seed: a single run, or one per task for the baseline.
 
-        rate: learning rate to try; None for the one that was chosen for the arm.
+        arm: a name in ARMS or in self.trees. rate: learning rate to try; None for the one that was
+        chosen. epochs: None for the study's own.
         """
-        tasks = self.config.tasks
         name = f"{arm}/{seed}"
         if rate is None:
-            rate = self.rates[chosen_with(arm)]
+            rate = self.rates[TREE if arm in self.trees else arm]
         else:
-            name = f"at {rate:.4g}/{name}"
-        T = len(tasks)
-        own = ARMS[arm][1].format(
-            T=T, rank_per_task=self.config.rank // T,
-            mtlora_rank=MTLORA_RANK.get(self.config.dataset, self.config.rank))
-        own += f" --lr {rate:.4g}"
-        if arm in SINGLE:
-            return {f"{name}-{task}": self.job(seed, f"{own} --tasks {task}") for task in tasks}
+            name = f"lr {rate:.4g}/{name}"
+        if arm in self.trees:
+            flags = ["--tree", str(self.tree_file(arm))]
+        else:
+            flags = ARMS[arm][1].replace("T", str(len(self.tasks))).split()
+        if arm == "mtlora" and self.config.dataset in MTLORA_RANK:
+            flags += ["--rank", str(MTLORA_RANK[self.config.dataset])]
+        flags += ["--lr", f"{rate:.4g}", *self.seed_flags(seed)]
+        if epochs:
+            name = f"{epochs} epochs/{name}"
+            flags += ["--epochs", str(epochs)]
+        if arm == BASELINE:
+            return {f"{name}-{task}": [*flags, "--tasks", task] for task in self.tasks}
+        return {name: flags}
 
-        tree = None
-        if arm in WITH_TREE:
-            measure = "affinity" if arm == "lookahead" else "similarity"
-            matrix = np.array(self.runs[f"{measure}/{seed}"]["similarity"])
-            tree = name_tree(arm_tree(arm, matrix, self.config.groups, seed), tasks)
-        return {name: self.job(seed, own, tree)}
-
-    def pair_jobs(self, seed: int) -> dict[str, Job]:
-        """For each pair of tasks, a run in which the two tasks share all adapters.
-
-        The rank per task is that of the arm single-lora.
-        """
-        tasks = self.config.tasks
-        rank, rate = 2 * (self.config.rank // len(tasks)), self.rates["mtl-lora"]
-        jobs = {}
-        for t, u in combinations(tasks, 2):
-            own = f"--groups 1,1,1,1 --rank {rank} --lr {rate:.4g} --tasks {t},{u}"
-            jobs[f"pair/{t}+{u}/{seed}"] = self.job(seed, own)
-        return jobs
-
-    def result(self, jobs: Iterable[str]) -> Run:
+    def result(self, names: Iterable[str]) -> Run:
         """Combine finished runs, such as one run per task, into one: {"results", "trainable"}.
 
         Raises ValueError if one of the runs failed.
         """
         results, trainable = {}, 0
-        for name in jobs:
+        for name in names:
             run = self.runs[name]
             if "failed" in run:
                 raise ValueError(f"the run {name} failed: {run['failed']}")
@@ -335,48 +257,82 @@ class Study:
             trainable += run["trainable"]
         return {"results": results, "trainable": trainable}
 
-    def choose_rates(self, arms: Sequence[str]) -> None:
-        """Choose the learning rate of each arm by its delta-m on CHOICE_SEED.
+    def cosine_tree(self, seed: int) -> str:
+        """The name of the tree that Algorithm 1 builds from the seed's own similarities."""
+        similarity = np.array(self.runs[f"similarity/{seed}"]["similarity"])
+        return tree_name(build_tree(similarity, self.groups), self.tasks)
 
-        The rule is the same for every arm: try the study's --lr and a third of it. As long as the
+    def scores(self, seed: int) -> dict[str, float]:
+        """Eq. 6 for the partition of each tree: {name: score}."""
+        similarity = np.array(self.runs[f"similarity/{seed}"]["similarity"])
+        scores = {}
+        for name, tree in self.trees.items():
+            partition = next(p for p in tree if 1 < len(p) < len(self.tasks))
+            scores[name] = score(partition, similarity)
+        return scores
+
+    def choose_rates(self) -> None:
+        """Choose the learning rate of each arm by its delta-m on the first choosing seed.
+
+        The rule is the same for every arm: try the recipe's rate and a third of it. As long as the
         best rate is the lowest or the highest so far, try the next one in that direction, a factor
-        of 3 away. Stop after 6 rates.
+        of 3 away. Stop after 6 rates. All trees share the rate that suits the cosine's tree.
         """
-        lr = self.config.lr
-        unfinished = list(dict.fromkeys(chosen_with(arm) for arm in arms))
-        grids = {arm: [lr / 3, lr] for arm in unfinished}
+        seed, lr = CHOICE_SEEDS[0], self.config.lr
+        arms = {arm: arm for arm in ARMS} | {TREE: self.cosine_tree(seed)}
+        grids = {arm: [lr / 3, lr] for arm in arms}
+        unfinished = list(arms)
         while unfinished:
             wanted = {}
             for arm in unfinished:
                 for rate in grids[arm]:
-                    wanted |= self.arm_jobs(arm, CHOICE_SEED, rate)
+                    wanted |= self.arm_runs(arms[arm], seed, rate)
             self.complete(wanted)
-
-            baseline = self.result(self.arm_jobs(chosen_with(arms[0]), CHOICE_SEED, lr))["results"]
-            still_unfinished = []
+            baseline = self.result(self.arm_runs(BASELINE, seed, lr))["results"]
+            widened = []
             for arm in unfinished:
-                grid, gains = grids[arm], {}
-                for rate in grid:
-                    jobs = self.arm_jobs(arm, CHOICE_SEED, rate)
+                gains = {}
+                for rate in grids[arm]:
+                    names = self.arm_runs(arms[arm], seed, rate)
                     gains[rate] = -math.inf
-                    if not any("failed" in self.runs[name] for name in jobs):
-                        gains[rate] = delta_m(self.result(jobs)["results"], baseline)
-                best = max(grid, key=gains.get)
-                self.rates[arm] = best
-                if len(grid) < 6 and best in (grid[0], grid[-1]):
-                    wider = best / 3 if best == grid[0] else best * 3
-                    grids[arm] = sorted([*grid, wider])
-                    still_unfinished.append(arm)
-            unfinished = still_unfinished
+                    if not any("failed" in self.runs[name] for name in names):
+                        gains[rate] = delta_m(self.result(names)["results"], baseline)
+                low, high = grids[arm][0], grids[arm][-1]
+                best = self.rates[arm] = max(gains, key=gains.get)
+                if len(gains) < 6 and best in (low, high):
+                    wider = low / 3 if best == low else high * 3
+                    grids[arm] = sorted([*grids[arm], wider])
+                    widened.append(arm)
+            unfinished = widened
+
+    def gains(self, arms: Iterable[str], seeds: Sequence[int], tasks: Sequence[str] | None = None,
+              epochs: int | None = None) -> Gains:
+        """Delta-m of every arm and seed, over all tasks or the given ones.
+
+        The baseline is the mean of single-task full fine-tuning over its seeds among `seeds`.
+        Seeds with which an arm was not trained are left out.
+        """
+        baseline = [self.result(self.arm_runs(BASELINE, seed)) for seed in seeds
+                    if self.finished(BASELINE, seed)]
+        baseline = mean_results(baseline)
+        gains = {}
+        for arm in arms:
+            gains[arm] = {}
+            for seed in seeds:
+                if self.finished(arm, seed, epochs):
+                    results = self.result(self.arm_runs(arm, seed, epochs=epochs))["results"]
+                    chosen = {task: results[task] for task in tasks or self.tasks}
+                    gains[arm][seed] = delta_m(chosen, baseline)
+        return gains
+
+    def finished(self, arm: str, seed: int, epochs: int | None = None) -> bool:
+        return all(name in self.runs for name in self.arm_runs(arm, seed, epochs=epochs))
 
 
 def read_study(path: Path) -> dict:
     """The content of a study.json: claims, machines, flags, rates {arm: rate}, runs {name: run}."""
     with reading(path, "a study.json"):
-        saved = json.loads(path.read_text())
-        if not {"flags", "rates", "runs"} <= saved.keys():
-            raise ValueError("is not a study.json: it needs flags, rates and runs")
-    return saved
+        return json.loads(path.read_text())
 
 
 def this_machine(device: str) -> dict:
@@ -388,166 +344,187 @@ def this_machine(device: str) -> dict:
     elif cpuinfo.exists():
         models = [line for line in cpuinfo.read_text().splitlines() if line[:10] == "model name"]
         name = models[0].partition(": ")[2] if models else name
-    return {"processor": name, "torch": VERSIONS["torch"], "threads per run": 1}
+    return {"processor": name, "torch": VERSIONS["torch"], "threads per run": 1,
+            "instructions": torch.backends.cpu.get_cpu_capability()}
 
 
 # --- what the results say -------------------------------------------------------------------------
-Gains = dict[str, dict[int, float]]     # {arm: {seed: delta-m}}
+def leads(study: Study, seeds: Sequence[int], tasks: Sequence[str] | None = None,
+          epochs: int | None = None) -> dict[str, list[float]]:
+    """For each claim, the lead of the cosine's tree in delta-m: one number per seed.
 
-
-def gains_by_seed(results: dict[str, dict[int, Run]], tasks: Sequence[str]) -> Gains:
-    """Delta-m of every arm and seed over `tasks`. The baseline is the first arm's mean over seeds.
+    tasks: average delta-m over these tasks only. epochs: of runs that were trained for longer.
     """
-    baseline = mean_results(next(iter(results.values())).values())
-    gains = {}
-    for arm, runs in results.items():
-        gains[arm] = {}
-        for seed, run in runs.items():
-            chosen = {task: run["results"][task] for task in tasks}
-            gains[arm][seed] = delta_m(chosen, baseline)
-    return gains
+    gains = study.gains([*study.trees, EVERYTHING, NOTHING, DECODERS], seeds, tasks, epochs)
+    differences = {name: [] for name, _ in CLAIMS["than"]}
+    for seed in seeds:
+        cosine = study.cosine_tree(seed)
+        others = [tree for tree in study.trees if tree != cosine]
+        cosine_shape = shape(study.trees[cosine])
+        alike = [tree for tree in others if shape(study.trees[tree]) == cosine_shape]
+        rivals = {EVERYTHING: [EVERYTHING], NOTHING: [NOTHING], DECODERS: [DECODERS],
+                  OTHERS: others, SHAPE: alike}
+        for name in differences:
+            rival = np.mean([gains[arm][seed] for arm in rivals[name]])
+            differences[name].append(float(gains[cosine][seed] - rival))
+    return differences
 
 
-def paired(gains: Gains, better: str, worse: str) -> list[float]:
-    """The differences in delta-m between two arms, one for each seed that both arms have."""
-    first, second = gains.get(better, {}), gains.get(worse, {})
-    return [first[seed] - second[seed] for seed in first if seed in second]
+def equivalence_margin(study: Study) -> float:
+    """The margin that CLAIMS describes, in points of delta-m; NaN if there is no lead to halve."""
+    lead = leads(study, CHOICE_SEEDS)
+    nearer = min(np.mean(lead[EVERYTHING]), np.mean(lead[NOTHING]))
+    return float(nearer) / 2 if nearer > 0 else math.nan
 
 
-def format_without_tasks(results: dict[str, dict[int, Run]], judged: Sequence[Judged],
-                         tasks: Sequence[str]) -> str:
-    """A table of the claims' differences, with each task in turn left out of delta-m.
-
-    The table shows whether a claim rests on a single task.
-    """
-    rows = [["difference"] + [f"without {task}" for task in tasks]]
-    rows += [[f"{claim.better} - {claim.worse}"] for claim in judged]
-    for left_out in tasks:
-        gains = gains_by_seed(results, [task for task in tasks if task != left_out])
-        for row, claim in zip(rows[1:], judged):
-            c = compare(paired(gains, claim.better, claim.worse), CLAIMS["margin"])
-            row.append(str(c))
+def format_checks(study: Study) -> str:
+    """The leads on the choosing seeds, and with twice as many steps on the first of them."""
+    first = CHOICE_SEEDS[0]
+    lead = leads(study, CHOICE_SEEDS)
+    longer = leads(study, [first], epochs=2 * study.config.epochs)
+    rows = [[f"{COSINE} against", *(f"seed {seed}" for seed in CHOICE_SEEDS),
+             f"seed {first}, steps x 2"]]
+    for name in lead:
+        rows.append([name, *(f"{x:+.2f}" for x in lead[name] + longer[name])])
+    gains = study.gains([BASELINE, DECODERS], CHOICE_SEEDS)
+    row = [f"{BASELINE} against {DECODERS}"]
+    for seed in CHOICE_SEEDS:
+        row.append(f"{gains[BASELINE][seed] - gains[DECODERS][seed]:+.2f}")
+    rows.append([*row, "-"])
     return aligned(rows)
 
 
-def format_trees(study: Study, arms: Sequence[str], seeds: Sequence[int]) -> str:
-    """A table of the arms in WITH_TREE: the number of different trees among the arm's seeds, and
-    the number of seeds for which the tree is the same as tglora's.
+def format_claims(study: Study, seeds: Sequence[int]) -> str:
+    """The verdict on each claim, and its differences task by task."""
+    margin = equivalence_margin(study)
+    level = LEVEL / len(CLAIMS["than"])
+    lead = leads(study, seeds)
+    compared = {name: compare(lead[name], by, margin, level) for name, by in CLAIMS["than"]}
+    adjusted = holm([c.p for c in compared.values()])
+    rows = [[f"{COSINE} against", "by more than", "mean lead (95 %)", "p, Holm", "90 % interval",
+             "p, equivalence", "detectable", "verdict"]]
+    for (name, by), p in zip(CLAIMS["than"], adjusted):
+        c, tested = compared[name], name in CLAIMS["equivalent"]
+        rows.append([name, f"{by:g}", str(c), format_p(p), f"{c.low90:+.2f} to {c.high90:+.2f}",
+                     format_p(c.p_equivalent) if tested else "-", f"{c.detectable:.2f}",
+                     verdict(c, by, p, tested)])
+    by_task = [["lead by task", *study.tasks]] + [[name] for name in compared]
+    for task in study.tasks:
+        for row, differences in zip(by_task[1:], leads(study, seeds, [task]).values()):
+            row.append(str(compare(differences)))
+    return f"margin of equivalence: {margin:.2f}\n{aligned(rows)}\n\n{aligned(by_task)}"
+
+
+def format_trees(study: Study, seeds: Sequence[int]) -> str:
+    """How much delta-m differs between trees, and whether the score of eq. 6 predicts it."""
+    gains = study.gains(study.trees, seeds)
+    table = np.array([[gains[tree][seed] for tree in study.trees] for seed in seeds])
+    scores = np.array([list(study.scores(seed).values()) for seed in seeds])    # (seeds, trees)
+    chosen = [study.cosine_tree(seed) for seed in seeds]
+    rows = [["tree", "seeds that choose it", "score, eq. 6", "delta-m"]]
+    for i in np.argsort(-table.mean(0)):
+        name = list(study.trees)[i]
+        rows.append([name, str(chosen.count(name)), f"{scores[:, i].mean():.3f}",
+                     f"{table[:, i].mean():+.2f}"])
+    ranks = []
+    for seed, tree in zip(seeds, chosen):
+        ranks.append(sum(gains[other][seed] > gains[tree][seed] for other in study.trees) + 1)
+    s = spread_of_trees(table)
+    correlation = stats.spearmanr(scores.mean(0), table.mean(0)).statistic
+    return (f"{aligned(rows)}\n"
+            f"standard deviation between trees {s.trees:.2f} ({s.low:.2f} to {s.high:.2f}), "
+            f"p {format_p(s.p)}; between seeds {s.seeds:.2f}; noise of one run {s.rest:.2f}\n"
+            f"rank of the cosine's tree among {len(study.trees)}, by seed: "
+            f"{', '.join(map(str, ranks))}\n"
+            f"rank correlation of score and delta-m over the {len(study.trees)} trees: "
+            f"{correlation:+.2f}")
+
+
+def draw_trees(path: Path, study: Study, seeds: Sequence[int]) -> None:
+    """Draw the delta-m of each tree and of the two extremes, minus the mean of the seed's trees.
+
+    The marked tree is the one that the cosine gives for most seeds.
     """
-    rows = [["trees", "seeds", "different", "same as tglora's"]]
-    similar = [study.runs[f"tglora/{seed}"]["tree"] for seed in seeds]
-    for arm in WITH_TREE:
-        if arm in arms:
-            trees = [study.runs[f"{arm}/{seed}"]["tree"] for seed in seeds]
-            different = len(set(map(str, trees)))
-            same = sum(tree == other for tree, other in zip(trees, similar))
-            rows.append([arm, str(len(seeds)), str(different), str(same)])
-    return aligned(rows)
+    gains = study.gains([*study.trees, EVERYTHING, NOTHING], seeds)
+    rows = {}
+    for arm in sorted(gains, key=lambda arm: -np.mean(list(gains[arm].values()))):
+        rows[arm] = []
+        for seed in seeds:
+            mean = np.mean([gains[tree][seed] for tree in study.trees])
+            rows[arm].append(gains[arm][seed] - mean)
+    title = "delta-m minus the mean of all trees, in points (dot: mean; bar: 95 % interval)"
+    draw_rows(path, title, rows, statistics.mode(map(study.cosine_tree, seeds)))
 
 
-def format_pairs(study: Study, seeds: Sequence[int]) -> str:
-    """A table of pairs of tasks: does similarity predict which pairs gain from sharing?
-
-    The gain of a pair, called its benefit, is its delta-m against single-lora with the same seed.
-    """
-    tasks = study.config.tasks
-    pairs = list(combinations(range(len(tasks)), 2))
-    columns = {"benefit": [], "cosine": [], "affinity": []}     # each: one row per seed
-    for seed in seeds:
-        single = study.result(study.arm_jobs("single-lora", seed))["results"]
-        jobs = study.pair_jobs(seed)                            # in the order of `pairs`
-        columns["benefit"].append([delta_m(study.result([job])["results"], single) for job in jobs])
-        for name, measure in (("cosine", "similarity"), ("affinity", "affinity")):
-            matrix = study.runs[f"{measure}/{seed}"]["similarity"]
-            columns[name].append([matrix[t][u] for t, u in pairs])
-    benefit = np.array(columns["benefit"])                      # (seeds, pairs)
-
-    rows = [["pair", "cosine", "affinity x 1000", "benefit %"]]
-    for i in np.argsort(-benefit.mean(0)):
-        t, u = pairs[i]
-        cosine, affinity = (np.mean(columns[name], axis=0)[i] for name in ("cosine", "affinity"))
-        rows.append([f"{tasks[t]} + {tasks[u]}", f"{cosine:+.3f}", f"{1000 * affinity:+.3f}",
-                     spread(benefit[:, i], 2)])
-    lines = [aligned(rows), f"reliability of the benefits, {len(seeds)} seeds: "
-                            f"{split_half_reliability(benefit):+.2f}"]
-    for name in ("cosine", "affinity"):
-        measured = np.array(columns[name])
-        rho = correlation_of_means(benefit, measured)
-        low, high = bootstrap_interval(correlation_of_means, benefit, measured)
-        lines.append(f"rank correlation of benefit and {name}: {rho:+.2f} ({low:+.2f} to "
-                     f"{high:+.2f})")
-    return "\n".join(lines)
-
-
-# --- the study ------------------------------------------------------------------------------------
-def run_study(study: Study, arms: Sequence[str], seeds: Sequence[int],
-              rates: dict[str, float] | None) -> None:
-    """Train every arm with its seeds, then print the results and verdicts, and draw the verdicts.
-
-    rates: {arm: learning rate} as recorded in docs/; None to choose them on CHOICE_SEED.
-    """
-    complete = set(arms) == set(ARMS)           # the pairs need single-lora and both measures
-    arm_seeds = {arm: seeds[:ARMS[arm][0]] for arm in arms}
-    wanted = {}
-    for seed in (*seeds, CHOICE_SEED):
-        if seed in seeds or rates is None:
-            wanted |= study.measuring_jobs(arms, seed)
-    study.complete(wanted)
-    if rates is None:
-        study.choose_rates(arms)
-    else:
-        study.rates.update(rates)
-
-    wanted = {}
-    for seed in seeds:
-        for arm in arms:
-            if seed in arm_seeds[arm]:
-                wanted |= study.arm_jobs(arm, seed)
-        if complete and seed in seeds[:PAIR_SEEDS]:
-            wanted |= study.pair_jobs(seed)
-    study.complete(wanted)
-
+def print_results(study: Study, seeds: Sequence[int]) -> None:
+    """Print the results of all reported runs and the verdicts, and draw OUT/study.png."""
     results = {}                                # {arm: {seed: {"results", "trainable"}}}
-    for arm in arms:
-        results[arm] = {}
-        for seed in arm_seeds[arm]:
-            results[arm][seed] = study.result(study.arm_jobs(arm, seed))
-    tasks = study.config.tasks
-    print(format_runs(results, mean_results(results[arms[0]].values()), "last"))
-    gains = gains_by_seed(results, tasks)
-    differences = {tuple(claim): paired(gains, *claim) for claim in CLAIMS["better"]}
-    judged = judge(differences, CLAIMS)
-    if not judged:
-        print("no claim is judged: a claim needs both of its arms, with two seeds in common")
-        return
-    print(f"\n{format_claims(judged)}\n\n{format_without_tasks(results, judged, tasks)}")
-    print(f"\n{format_trees(study, arms, seeds)}")
-    if complete:
-        print(f"\n{format_pairs(study, seeds[:PAIR_SEEDS])}")
-    draw_claims(study.out / "study.png", judged, CLAIMS["margin"])
+    for arm in (*ARMS, *study.trees):
+        finished = [seed for seed in seeds if study.finished(arm, seed)]
+        results[arm] = {seed: study.result(study.arm_runs(arm, seed)) for seed in finished}
+    print(format_runs(results, mean_results(results[BASELINE].values()), "last"))
+    print(f"\nThe setting, on seeds that are not reported:\n{format_checks(study)}")
+    print(f"\n{format_claims(study, seeds)}\n\n{format_trees(study, seeds)}")
+    draw_trees(study.out / "study.png", study, seeds)
     print(f"\nwrote {study.path} and {study.out / 'study.png'}")
 
 
-def compare_with_recorded(study: Study, recorded: dict, wanted: Iterable[str]) -> None:
-    """Print the results of the `wanted` runs next to those of the recorded study."""
+# --- the study ------------------------------------------------------------------------------------
+def run_study(study: Study) -> None:
+    """Do all runs that are not finished yet: first those of the choosing seeds."""
+    wanted = {}
+    for seed in CHOICE_SEEDS:
+        wanted |= study.similarity_run(seed)
+    study.complete(wanted)
+    study.choose_rates()
+
+    wanted = {}
+    extremes = DECODERS, EVERYTHING, NOTHING
+    for arm in (BASELINE, *extremes, *study.trees):
+        for seed in CHOICE_SEEDS:
+            wanted |= study.arm_runs(arm, seed)
+    for arm in (*extremes, *study.trees):
+        wanted |= study.arm_runs(arm, CHOICE_SEEDS[0], epochs=2 * study.config.epochs)
+    study.complete(wanted)
+    print(f"The setting, on seeds that are not reported:\n{format_checks(study)}\n", flush=True)
+
+    for i, seed in enumerate(SEEDS):            # one seed after the other
+        wanted = study.similarity_run(seed)
+        for arm, (count, _) in ARMS.items():
+            if i < count:
+                wanted |= study.arm_runs(arm, seed)
+        for tree in study.trees:
+            wanted |= study.arm_runs(tree, seed)
+        study.complete(wanted)
+
+
+def run_quick(study: Study, recorded: dict) -> None:
+    """Repeat a few runs of the first seed, and compare them with the recorded ones."""
+    if recorded["flags"] != " ".join(study.flags):
+        raise ValueError("--quick compares with a study that was recorded with the flags "
+                         f"{recorded['flags']}; leave out all other flags of train.py")
+    seed = SEEDS[0]
+    study.rates = recorded["rates"]
+    study.complete(study.similarity_run(seed))
+    wanted = {}
+    for arm in (DECODERS, EVERYTHING, study.cosine_tree(seed)):
+        wanted |= study.arm_runs(arm, seed)
+    study.complete(wanted)
     rows = [["run", "task", "metric", "recorded", "here", "difference"]]
     outside = 0
     for name in wanted:
-        before, now = recorded["runs"][name], study.runs[name]
-        if before.get("tree") != now.get("tree"):
-            print(f"the tree of {name} differs from the recorded one")
-        for task in make_tasks(list(now["results"]), 1):
-            old = before["results"][task.name][task.metric]
-            new = now["results"][task.name][task.metric]
+        before, now = recorded["runs"][name]["results"], study.result([name])["results"]
+        for task in make_tasks(list(now), 1):
+            old, new = before[task.name][task.metric], now[task.name][task.metric]
             difference = f"{100 * (new - old) / old:+.2f} %"
             if not abs(new - old) <= TOLERANCE / 100 * old:     # also marks NaN
                 outside += 1
                 difference += " !"
             rows.append([name, task.name, task.metric, f"{old:.4f}", f"{new:.4f}", difference])
     compared = len(rows) - 1
-    print(f"\n{aligned(rows)}\n{compared - outside} of {compared} values agree to {TOLERANCE:g} % "
-          "with the recorded ones. Results depend slightly on the CPU and the PyTorch version.")
-    print(f"recorded on: {recorded['machines']}\nthis machine: {study.machines}")
+    print(f"{aligned(rows)}\n{compared - outside} of {compared} values agree to {TOLERANCE:g} % "
+          "with the recorded ones. Results depend slightly on the CPU and the PyTorch version.\n"
+          f"recorded on: {recorded['machines']}\nthis machine: {study.machines}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -556,33 +533,22 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False, epilog="All other flags are passed to train.py for every run.")
     add = parser.add_argument
-    jobs = torch.cuda.device_count() or os.cpu_count()
     add("--quick", action="store_true", help="train only three arms with one seed, at the "
         "learning rates recorded in docs/, and compare the results with the recorded ones")
     add("--out", type=Path, default=Path("runs/study"), help="folder of the study and its runs")
+    jobs = 1 if torch.cuda.is_available() else os.cpu_count()
     add("--jobs", type=int, default=jobs, help="number of runs that are trained at the same "
-        "time; default: one per GPU, or one per CPU core if there is no GPU")
-    add("--seeds", type=int, nargs="+", default=SEEDS, help="seeds of the reported "
-        "runs; an arm with fewer seeds uses the first of these; default: 10 to 22")
-    add("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="arms to train; the "
-        "first is the baseline of delta-m; default: all")
+        "time; default: one per CPU core, or one if there is a GPU")
     args, flags = parser.parse_known_args(argv)
     with one_line_errors():
         dataset = parse_arguments(flags).dataset
         flags = SETTINGS.get(dataset, "").split() + flags
-        if not args.quick:
-            run_study(Study(args.out, flags, args.jobs), args.arms, args.seeds, None)
-            return
-        recorded = read_study(Path(__file__).parent.parent / f"docs/study_{dataset}.json")
         study = Study(args.out, flags, args.jobs)
-        run_study(study, QUICK_ARMS, SEEDS[:1], recorded["rates"])
-        if recorded["flags"] != " ".join(flags):
-            print("the recorded study used different flags, so its values are not compared")
-            return
-        names = []
-        for arm in QUICK_ARMS:
-            names += study.arm_jobs(arm, SEEDS[0])
-        compare_with_recorded(study, recorded, names)
+        if args.quick:
+            run_quick(study, read_study(ROOT / f"docs/study_{dataset}.json"))
+        else:
+            run_study(study)
+            print_results(study, SEEDS)
 
 
 if __name__ == "__main__":

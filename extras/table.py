@@ -2,10 +2,11 @@
 
     python -m extras.table runs/table --baseline single
     python -m extras.table runs/table --baseline baselines/nyud.json --last
+    python -m extras.table "runs/decoders only" runs/TGLoRA --picture comparison.png
 
-The runs are in FOLDER/METHOD/RUN, and each METHOD gets one row. Runs of the same method and seed
-count as one run, so a method may consist of one single-task run per task. docs/RESULTS.md shows how
-to train such runs.
+Each path is the folder of a run, whose name is the name of the method, or a folder that holds runs
+as METHOD/RUN. Each method gets one row. Runs of the same method and seed count as one run, so a
+method may consist of one single-task run per task. docs/RESULTS.md shows how to train such runs.
 Reference: arXiv 2509.19602, eq. 7 (delta-m).
 """
 
@@ -15,7 +16,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from data import open_dataset
+from eval import load_run, predictor
+from report import draw_samples
 from tasks import delta_m, make_tasks
 from train import read_results
 from util import one_line_errors, reading
@@ -24,20 +29,50 @@ Results = dict[str, dict[str, float]]   # {task: {metric: value}}
 Run = dict                              # {"results": Results, "trainable": trained parameters}
 
 
-def collect_runs(folder: Path, last: bool) -> tuple[dict[str, dict[int, Run]], str | None]:
-    """Read FOLDER/METHOD/RUN/metrics.json; returns {method: {seed: run}} and the dataset.
+def find_runs(paths: Sequence[Path]) -> list[tuple[str, Path]]:
+    """(method, metrics.json) of every run in `paths`; see the top of this file."""
+    found = []
+    for path in paths:
+        own = path / "metrics.json"
+        inside = sorted(path.glob("*/*/metrics.json"))
+        if own.is_file():
+            found.append((path.absolute().name, own))
+        elif inside:
+            found += [(file.parent.parent.name, file) for file in inside]
+        else:
+            raise ValueError(f"no run in {path}; expected a file metrics.json, or files "
+                             "METHOD/RUN/metrics.json (see docs/RESULTS.md)")
+    return found
+
+
+def described_images(file: Path) -> dict:
+    """What a file of results says about its validation images; None where it says nothing."""
+    run = read_results(file)
+    flags = run.get("flags", {})
+    return {"dataset": run.get("dataset"), "number of images": run.get("images"),
+            "size": flags.get("size"), "night": flags.get("night")}
+
+
+def check_same_images(file: Path, other: Path) -> None:
+    """Raise ValueError if two files of results are from different validation images."""
+    expected = described_images(other)
+    for name, value in described_images(file).items():
+        if None not in (value, expected[name]) and value != expected[name]:
+            raise ValueError(f"{file} has {name} {value}, but {other} has {name} {expected[name]}; "
+                             "compare runs on the same validation images")
+
+
+def collect_runs(found: Sequence[tuple[str, Path]], last: bool) -> dict[str, dict[int, Run]]:
+    """Read the files that `find_runs` found; returns {method: {seed: run}}.
 
     last: take the results of the last epoch, not of the best one. MTLoRA's published code also
     reports the last epoch.
     """
-    methods, dataset = {}, None
-    for path in sorted(folder.glob("*/*/metrics.json")):
-        method, run = path.parent.parent.name, read_results(path)
+    methods = {}
+    for method, path in found:
+        check_same_images(path, found[0][1])
+        run = read_results(path)
         with reading(path, "a metrics.json of a run"):
-            dataset = dataset or run.get("dataset")
-            if run.get("dataset", dataset) != dataset:
-                raise ValueError(f"is a run on {run['dataset']}, but other runs here are on "
-                                 f"{dataset}; use one folder per dataset")
             results = run["last"]["results"] if last else run["results"]
             seeds = methods.setdefault(method, {})
             row = seeds.setdefault(run.get("seed", 0), {"results": {}, "trainable": 0})
@@ -47,10 +82,7 @@ def collect_runs(folder: Path, last: bool) -> tuple[dict[str, dict[int, Run]], s
                                      f"for {task.name}; keep one run per seed and task")
                 row["results"][task.name] = {task.metric: results[task.name][task.metric]}
             row["trainable"] += run["trainable"]
-    if not methods:
-        raise ValueError(f"no runs in {folder}; expected files METHOD/RUN/metrics.json in it (see "
-                         "docs/RESULTS.md)")
-    return methods, dataset
+    return methods
 
 
 def mean_results(runs: Iterable[Run]) -> Results:
@@ -117,22 +149,42 @@ def format_runs(methods: dict[str, dict[int, Run]], baseline: Results | None, ep
     return aligned(rows)
 
 
-def print_table(folder: Path, baseline: str | None, last: bool) -> None:
-    """Print the table of the runs in `folder`.
+def print_table(found: Sequence[tuple[str, Path]], baseline: str | None, last: bool) -> None:
+    """Print the table of the runs that `find_runs` found.
 
-    baseline: a method in the folder, whose mean results are then used, or a JSON file with results.
+    baseline: one of the methods, whose mean results are then used, or a JSON file with results.
     """
-    methods, dataset = collect_runs(folder, last)
+    methods = collect_runs(found, last)
     results = None
     if baseline in methods:
         results = mean_results(methods[baseline].values())
     elif baseline:
-        saved = read_results(Path(baseline))
-        results = saved["results"]
-        if saved.get("dataset", dataset) != dataset:
-            raise ValueError(f"--baseline {baseline} has results on {saved['dataset']}, but the "
-                             f"runs are on {dataset}; both must use the same dataset")
+        results = read_results(Path(baseline))["results"]
+        check_same_images(Path(baseline), found[0][1])
     print(format_runs(methods, results, "last" if last else "best"))
+
+
+def draw_picture(path: Path, found: Sequence[tuple[str, Path]], last: bool) -> None:
+    """Draw two validation images: the ground truth above the predictions of each method.
+
+    A method is shown by its first run. Raises ValueError if these runs have other tasks or other
+    validation images.
+    """
+    first = {}                          # {method: its first run's metrics.json}
+    for method, file in found:
+        first.setdefault(method, file)
+    predictors, names = {}, None
+    for method, file in first.items():
+        model, tasks, config = load_run(file.parent / ("last.pt" if last else "best.pt"))
+        names = names or config.tasks
+        if config.tasks != names:
+            raise ValueError(f"{file.parent} has the tasks {', '.join(config.tasks)}, but "
+                             f"{found[0][1].parent} has {', '.join(names)}; --picture needs runs "
+                             "with the same tasks")
+        predictors[method] = predictor(model, None)
+    config.cache = False
+    dataset = open_dataset(config, "val")
+    draw_samples(path, predictors, tasks, dataset, config.size, torch.device("cpu"))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -141,14 +193,20 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False)
     add = parser.add_argument
-    add("folder", type=Path, help="folder of the runs, with files METHOD/RUN/metrics.json")
-    add("--baseline", help="also show delta-m against this baseline: a METHOD in the folder, or a "
-        "JSON file with results, such as baselines/nyud.json")
+    add("paths", type=Path, nargs="+", help="folders of runs, or folders with METHOD/RUN in them")
+    add("--baseline", help="also show delta-m against this baseline: a METHOD, or a JSON file with "
+        "results, such as baselines/nyud.json")
     add("--last", action="store_true", help="show the results of each run's last epoch "
         "instead of its best epoch")
+    add("--picture", type=Path, metavar="FILE", help="also draw a PNG of two validation images, "
+        "with the ground truth and the predictions of each method's first run")
     args = parser.parse_args(argv)
     with one_line_errors():
-        print_table(args.folder, args.baseline, args.last)
+        found = find_runs(args.paths)
+        print_table(found, args.baseline, args.last)
+        if args.picture:
+            draw_picture(args.picture, found, args.last)
+            print(f"wrote {args.picture}")
 
 
 if __name__ == "__main__":

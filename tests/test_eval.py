@@ -159,7 +159,7 @@ def test_photos_are_drawn_into_the_folder_of_the_run(trained, tmp_path, capsys):
     eval.main([*flags, str(tmp_path / "good.png")])
     assert capsys.readouterr().out == f"wrote {out / 'good.predicted.png'}\n"
     picture = np.array(Image.open(out / "good.predicted.png"))
-    assert (picture[40:170, 20:210] == (200, 0, 0)).all()       # the photo, enlarged to 150x200
+    assert (picture[40:140, 20:170] == (200, 0, 0)).all()       # the photo, enlarged to 120x160
     before = (out / "good.predicted.png").read_bytes()
     with pytest.raises(SystemExit) as stop:
         eval.main([*flags, str(tmp_path / "text.png"), str(tmp_path / "good.png")])

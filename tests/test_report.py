@@ -77,7 +77,8 @@ FIVE = ["depth", "semseg", "normals", "edge", "human_parts"]
 def test_the_tree_is_drawn_with_its_similarities(known, suffix, tmp_path, texts):
     """In the picture, texts do not overlap, and tasks of a group are next to each other.
 
-    A negative similarity is red, a positive one blue. Unknown similarities are not drawn.
+    A negative similarity is red, a positive one blue, and the strongest one has the strongest
+    colour. The diagonal is blank. Unknown similarities are not drawn.
     """
     tasks = [name + suffix for name in FIVE]
     depth, semseg, normals, edge, parts = tasks
@@ -108,9 +109,10 @@ def test_the_tree_is_drawn_with_its_similarities(known, suffix, tmp_path, texts)
                if "." in string}
     assert bool(numbers) == known
     if known:
-        assert set(numbers) == {"1.000 ± 0.012", "0.346 ± 0.012", "-0.123 ± 0.012", "0.000"}
-        red, _, blue = numbers["-0.123 ± 0.012"]
-        assert red > blue and numbers["0.346 ± 0.012"][2] > numbers["0.346 ± 0.012"][0]
+        assert set(numbers) == {"0.346 ± 0.012", "-0.123 ± 0.012", "0.000"}
+        assert numbers["0.346 ± 0.012"] == (135, 135, 255)
+        pale = round(255 - 120 * 0.1234 / 0.3456)
+        assert numbers["-0.123 ± 0.012"] == (255, pale, pale)
 
 
 @pytest.mark.parametrize("dataset, names, words", [
@@ -118,20 +120,30 @@ def test_the_tree_is_drawn_with_its_similarities(known, suffix, tmp_path, texts)
     ("pascal", ["semseg", "human_parts", "sal"], ["background", "tv monitor", "torso", "salient"]),
     ("rooms", ["semseg", "normals"], ["floor", "cylinder", "facing left", "the camera"])])
 def test_pictures_say_what_is_in_them(tmp_path, texts, dataset, names, words):
-    """Columns have titles, every task has a legend, and no text is cut off."""
+    """Columns have titles, every task has a legend, and no text is cut off.
+
+    Only a picture with pixels without ground truth explains their stripes.
+    """
     words = ["image", *names, *words]
     Image.new("RGB", (40, 30), (200, 0, 0)).save(tmp_path / "photo.png")
     tasks = make_tasks(names, CLASSES[dataset])
     draw_photos([tmp_path / "photo.png"], tmp_path, predict_nothing(tasks), tasks, (32, 32), CPU)
-    assert "no ground truth" not in {string for string, _ in texts}
     check_texts(texts, words, tmp_path / "photo.predicted.png")
     sample = {"image": torch.full((3, 4, 4), 128, dtype=torch.uint8)}
     for task in tasks:
         shape = (4, 4) if task.kind == "classes" else (task.channels, 4, 4)
-        sample[task.name] = torch.zeros(shape)
-    draw_samples(tmp_path / "samples.png", predict_nothing(tasks), tasks, [sample], (32, 32), CPU)
-    words += ["ground truth", "prediction", "no ground truth"]
-    check_texts(texts, words, tmp_path / "samples.png")
+        sample[task.name] = torch.ones(shape)
+    predictors = {"decoders only": predict_nothing(tasks), "TGLoRA": predict_nothing(tasks)}
+    words += ["ground truth", *predictors]
+    path = tmp_path / "samples.png"
+    for striped in (False, True):
+        if striped:
+            first, last = sample[names[0]], sample[names[-1]]
+            first[..., 0, 0], last[..., 0, 0] = 255, 0
+            words += ["striped:", "no ground truth"]
+        draw_samples(path, predictors, tasks, [sample], (32, 32), CPU)
+        assert ("no ground truth" in {string for string, _ in texts}) == striped
+        check_texts(texts, words, path)
 
 
 def check_texts(texts, words, path):
@@ -144,22 +156,40 @@ def check_texts(texts, words, path):
     texts.clear()
 
 
-def test_samples_show_each_prediction_under_its_ground_truth(tmp_path):
-    """The ground truth (top half 1 m, bottom half 2 m) is drawn above the prediction (4 m)."""
+def test_samples_show_predictions_under_their_ground_truth(tmp_path):
+    """The ground truth (1 m above 2 m) is drawn above the predictions (4 m, then 6 m)."""
     task = make_tasks(["depth"], 6)[0]
     depth = torch.full((1, 8, 8), 2.0)
     depth[:, :4] = 1.0
     sample = {"image": torch.full((3, 8, 8), 128, dtype=torch.uint8), "depth": depth}
-    draw_samples(tmp_path / "samples.png", lambda image: {"depth": torch.full((1, 1, 8, 8), 4.0)},
-                 [task], [sample], (8, 8), CPU)
+    predictors = {"first": lambda image: {"depth": torch.full((1, 1, 8, 8), 4.0)},
+                  "second": lambda image: {"depth": torch.full((1, 1, 8, 8), 6.0)}}
+    draw_samples(tmp_path / "samples.png", predictors, [task], [sample], (8, 8), CPU)
     picture = np.array(Image.open(tmp_path / "samples.png")).astype(int)
     rows = {}
-    for metres in (1.0, 2.0, 4.0):
+    for metres in (1.0, 2.0, 4.0, 6.0):
         colour = (task.colours(torch.full((1, 1, 1), metres))[:, 0, 0] * 255).int().numpy()
         same = (abs(picture - colour) <= 1).all(2)
-        rows[metres] = np.flatnonzero(same.sum(1) == 200)       # excludes the legend's squares
-    assert [len(rows[metres]) for metres in rows] == [100, 100, 200]    # 8 pixels became 200
-    assert rows[1.0].max() < rows[2.0].min() and rows[2.0].max() < rows[4.0].min()
+        rows[metres] = np.flatnonzero(same.sum(1) == 160)       # excludes the legend's squares
+    assert [len(rows[metres]) for metres in rows] == [80, 80, 160, 160]     # 8 pixels became 160
+    order = [y for metres in rows for y in rows[metres]]
+    assert order == sorted(order)
+
+
+def test_pixels_without_ground_truth_are_striped(tmp_path):
+    """In a label of saliency, only pixels without ground truth are black and grey stripes."""
+    task = make_tasks(["sal"], 6)[0]
+    label = torch.zeros(160, 160)
+    label[:, 80:] = 255
+    sample = {"image": torch.full((3, 160, 160), 128, dtype=torch.uint8), "sal": label}
+    draw_samples(tmp_path / "samples.png", {}, [task], [sample], (160, 160), CPU)
+    picture = np.array(Image.open(tmp_path / "samples.png"))
+    tile = picture[28:188, -168:-8, 0]
+    known, unknown = tile[:, :80], tile[:, 80:]
+    assert (known == 0).all()
+    for stripes in (*unknown, *unknown.T):
+        values, counts = np.unique(stripes, return_counts=True)
+        assert values.tolist() == [0, 127] and counts.min() == counts.max()
 
 
 def test_a_legend_has_the_colours_of_the_picture():

@@ -245,8 +245,7 @@ def test_best_constants():
 
 
 def test_colours():
-    """Invalid pixels are black, classes differ in colour, near depths are yellow, and far depths
-    are blue."""
+    """Invalid pixels are black, and classes differ in colour."""
     semseg = Segmentation("semseg", 40, 1.0)
     rgb = semseg.colours(torch.tensor([[*range(40), 255]]))[:, 0]
     assert torch.pdist(rgb.T).min() > 0.02 and rgb[:, 40].sum() == 0
@@ -255,10 +254,19 @@ def test_colours():
     normal = torch.tensor([[0.0, 0.0], [0.0, 0.0], [2.0, 0.0]])[:, None]
     assert Normals().colours(normal)[:, 0].T.tolist() == [[0.5, 0.5, 1], [0, 0, 0]]
     assert rgb[:, 0].tolist() == pytest.approx([0.35] * 3)             # class 0 is grey
-    near, far, invalid, below = Depth().colours(torch.tensor([[[0.5, 10.0, 0.0, -1.0]]]))[:, 0].T
-    assert below.tolist() == pytest.approx([1, 1, 0.15])               # a negative depth is yellow
-    assert near[0] > 0.9 > 0.5 > near[2] and far[2] > far[0] and invalid.sum() == 0
     assert Saliency().colours(torch.tensor([[1, 0, 255]]))[0, 0].tolist() == [1, 0, 0]
+
+
+def test_far_depths_are_darker():
+    """Luminance falls with every centimetre from 0 to 10 m, where it is above that of black, which
+    marks invalid pixels. Depths beyond that range look like 0 or 10 m."""
+    depth = torch.linspace(0.01, 10, 1000)
+    rgb = Depth().colours(depth.view(1, 1, -1))[:, 0]                  # (3, 1000)
+    luminance = torch.tensor([0.2126, 0.7152, 0.0722]) @ rgb ** 2.2
+    assert (luminance.diff() < 0).all() and luminance[0] > 0.9 and luminance[-1] > 0.01
+    near, far, invalid = Depth().colours(torch.tensor([[[-1.0, 99.0, 0.0]]]))[:, 0].T
+    assert torch.equal(far, rgb[:, -1]) and invalid.sum() == 0
+    torch.testing.assert_close(near, rgb[:, 0], atol=0.01, rtol=0)
 
 
 # --- tables ---------------------------------------------------------------------------------------

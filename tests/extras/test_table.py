@@ -4,12 +4,16 @@ together are refused."""
 import json
 
 import pytest
+import torch
+from PIL import Image
 
+import train
+from eval import load_run
 from extras import table
 
 
-def write_run(folder, seed, dataset="rooms", **results):
-    """Write a metrics.json with `results` {task: value} for the best epoch.
+def write_run(folder, seed, more=(), **results):
+    """Write a metrics.json with `results` {task: value} for the best epoch, and what is in `more`.
 
     The last epoch's values are 1.5 times as large.
     """
@@ -20,7 +24,8 @@ def write_run(folder, seed, dataset="rooms", **results):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.json").write_text(json.dumps({
         "results": best, "last": {"results": last}, "seed": seed, "trainable": 1000,
-        "dataset": dataset}))
+        "dataset": "rooms", "images": 64, "flags": {"size": [112, 112], "night": True},
+        **dict(more)}))
 
 
 @pytest.fixture
@@ -53,17 +58,27 @@ def test_the_last_epochs_can_be_compared_with_a_file(runs, capsys):
     assert ours.split()[1] == "last" and "0.8625 +- " in ours and "0.00 +- 7.23" in ours
 
 
-def test_unusable_files_are_refused(runs):
-    """A baseline without one of the tasks or from another dataset is an error.
+def test_folders_of_runs_are_methods(tmp_path, capsys):
+    """A folder that is itself a run has the name of its method; other folders may follow."""
+    write_run(tmp_path / "a/decoders only", 0, depth=1.0)
+    write_run(tmp_path / "b/decoders only", 1, depth=3.0)
+    write_run(tmp_path / "more/tglora/0", 0, depth=1.5)
+    folders = ["a/decoders only", "b/decoders only", "more"]
+    table.main([*(str(tmp_path / name) for name in folders), "--baseline", "decoders only"])
+    _, decoders, ours = capsys.readouterr().out.splitlines()
+    assert decoders.startswith("decoders only  ") and "  2.0000 +- 1.4142  " in decoders
+    assert ours.startswith("tglora  ") and ours.endswith("  25.00")
 
-    An incomplete metrics.json is an error, too.
-    """
+
+def test_unusable_files_are_refused(runs):
+    """A folder without runs, a baseline without one of the tasks and an incomplete metrics.json are
+    errors."""
+    with pytest.raises(SystemExit, match=f"^error: no run in {runs / 'tglora'}; expected"):
+        table.main([str(runs), str(runs / "tglora")])
     path = runs / "baseline.json"
-    for content, message in (('{"results": {"semseg": {"mIoU": 0.5}}}', "rmse of depth"),
-                             ('{"results": {}, "dataset": "nyud"}', "on nyud, but the runs are")):
-        path.write_text(content)
-        with pytest.raises(SystemExit, match=f"^error: .*{message}"):
-            table.main([str(runs), "--baseline", str(path)])
+    path.write_text('{"results": {"semseg": {"mIoU": 0.5}}}')
+    with pytest.raises(SystemExit, match="^error: .*rmse of depth"):
+        table.main([str(runs), "--baseline", str(path)])
     damaged = runs / "tglora/0/metrics.json"
     damaged.write_text('{"results": {"depth": {"rmse": 1}}}')
     with pytest.raises(SystemExit, match=f"^error: {damaged}"):
@@ -71,14 +86,53 @@ def test_unusable_files_are_refused(runs):
 
 
 def test_runs_that_cannot_be_combined_are_refused(runs):
-    """Two runs of one method with the same seed and task are refused, as are two datasets in one
-    folder."""
+    """Two runs of one method with the same seed and task are refused."""
     write_run(runs / "tglora/again", 0, depth=0.1)
     with pytest.raises(SystemExit, match="again.* run of tglora with this seed also has .*depth"):
         table.main([str(runs)])
-    write_run(runs / "tglora/again", 2, dataset="nyud", semseg=0.5, depth=0.9)
-    with pytest.raises(SystemExit, match="is a run on nyud, but other runs here are on rooms"):
-        table.main([str(runs)])
+
+
+@pytest.mark.parametrize("more, message", [
+    ({"dataset": "nyud"}, "dataset nyud, but {} has dataset rooms"),
+    ({"images": 8}, "number of images 8, but {} has number of images 64"),
+    ({"flags": {"size": [64, 64]}}, r"size \[64, 64\], but {} has size \[112, 112\]"),
+    ({"flags": {"night": False}}, "night False, but {} has night True")])
+def test_runs_on_other_images_are_refused(runs, tmp_path, more, message):
+    """A run or a baseline from other validation images is an error that names both files."""
+    first = runs / "single/0-depth/metrics.json"
+    other = tmp_path / "other"
+    write_run(other, 0, more, semseg=0.5, depth=0.9)
+    message = f"^error: {other / 'metrics.json'} has {message.format(first)}; compare"
+    with pytest.raises(SystemExit, match=message):
+        table.main([str(runs), str(other)])
+    with pytest.raises(SystemExit, match=message):
+        table.main([str(runs), "--baseline", str(other / "metrics.json")])
+
+
+def test_the_picture_shows_every_methods_predictions(tmp_path, monkeypatch):
+    """Each row is drawn by the network of its run. Runs with other tasks are refused."""
+    small = ["--train-rooms", "2", "--val-rooms", "2", "--size", "32", "--epochs", "1",
+             "--batch-size", "2", "--method", "decoders", "--device", "cpu"]
+    for name, tasks, lr in (("low", "sal,depth", "1e-4"), ("high", "sal,depth", "1e-2"),
+                            ("other", "depth", "1e-4")):
+        train.main([*small, "--tasks", tasks, "--lr", lr, "--out", str(tmp_path / name)])
+    drawn, draw = {}, table.draw_samples
+
+    def draw_samples(path, predictors, *rest):
+        drawn.update(predictors)
+        draw(path, predictors, *rest)
+    monkeypatch.setattr(table, "draw_samples", draw_samples)
+    path = tmp_path / "picture.png"
+    low, high, other = (str(tmp_path / name) for name in ("low", "high", "other"))
+    table.main([low, high, "--picture", str(path)])
+    assert Image.open(path).height > 6 * 160                    # two samples of three rows each
+    image = torch.rand(1, 3, 32, 32)
+    for name, predict in drawn.items():
+        model, _, _ = load_run(tmp_path / name)
+        with torch.no_grad():
+            assert torch.equal(predict(image)["depth"], model.eval()(image)["depth"])
+    with pytest.raises(SystemExit, match=f"{other} has the tasks depth, but {low} has sal, depth"):
+        table.main([low, other, "--picture", str(path)])
 
 
 def test_a_metric_that_is_null_is_not_a_number(runs, capsys):
