@@ -10,7 +10,7 @@ neither p-value is small, nothing is decided: a large `p` does not show that the
 
 References: Holm, Scandinavian Journal of Statistics 1979 (many tests); Schuirmann, Journal of
 Pharmacokinetics and Biopharmaceutics 1987 (equivalence); Smithson, Educational and Psychological
-Measurement 2001 (intervals from the noncentral F distribution).
+Measurement 2001 (intervals from noncentral distributions).
 """
 
 import math
@@ -108,7 +108,8 @@ def spread_of_trees(gains: np.ndarray) -> Spread:
     """Two-way analysis of variance without repetition. gains: (seeds, trees), delta-m of each run.
 
     The variance of the trees' observed means contains noise, which is subtracted. The interval
-    consists of all noncentralities for which the observed F is not surprising.
+    consists of all true variances for which the trees' observed variance is not surprising. It takes
+    the noise of a run as known: it is estimated from (seeds - 1) * (trees - 1) degrees of freedom.
     """
     S, T = gains.shape
     tree_means = gains.mean(0)
@@ -122,11 +123,12 @@ def spread_of_trees(gains: np.ndarray) -> Spread:
         return math.sqrt(max(0.0, noncentrality) * noise / (S * (T - 1)))
 
     def noncentrality(probability: float) -> float:
-        """The noncentrality for which a value up to F has this probability, or 0."""
+        """The noncentrality for which a variance up to the observed one has this probability, or 0.
+        """
         def excess(x: float) -> float:
-            return stats.ncf.cdf(F, *freedom, x) - probability
+            return stats.ncx2.cdf(F * (T - 1), T - 1, x) - probability
 
-        if stats.f.cdf(F, *freedom) < probability:
+        if excess(1e-9) < 0:
             return 0.0
         high = 1.0
         while excess(high) > 0:

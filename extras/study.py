@@ -63,7 +63,7 @@ SETTINGS = {                            # {dataset: flags of every run}; others 
              "--eval-every 1000 --val-rooms 192",
 }
 GROUPS = {4: (1, 2, 2, 4)}              # {number of tasks: groups}; otherwise the paper's
-MTLORA_RANK = {"rooms": 5}              # gives as many adapter parameters as in the LoRA arms
+MTLORA_RANK = {"rooms": 14}              # gives as many adapter parameters as in the LoRA arms
 
 BASELINE = "single-task full"           # of delta-m
 TREE = "tree"                           # stands for all trees, which share one learning rate
@@ -304,6 +304,10 @@ class Study:
                     grids[arm] = sorted([*grids[arm], wider])
                     widened.append(arm)
             unfinished = widened
+        for arm, name in arms.items():          # these runs need not be repeated at the chosen rate
+            for run, tried in zip(self.arm_runs(name, seed),
+                                  self.arm_runs(name, seed, self.rates[arm])):
+                self.runs[run] = self.runs[tried]
 
     def gains(self, arms: Iterable[str], seeds: Sequence[int], tasks: Sequence[str] | None = None,
               epochs: int | None = None) -> Gains:

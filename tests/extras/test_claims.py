@@ -1,0 +1,200 @@
+"""Tests of extras/claims.py: its statistics equal independent computations, and its figure shows
+them."""
+
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.special import betainc, gammainc
+
+from extras.claims import compare, draw_rows, format_p, holm, spread_of_trees, verdict
+
+
+# --- differences between two arms -----------------------------------------------------------------
+def t_probabilities(freedom, steps=100_000):
+    """A grid of t, and for each t the probability that Student's t lies between -t and t.
+
+    The density is integrated numerically. With t = sqrt(freedom) * tan(angle), it is proportional
+    to cos(angle) ** (freedom - 1).
+    """
+    angle = np.linspace(0, math.pi / 2, steps + 1)
+    middle = (angle[1:] + angle[:-1]) / 2
+    area = np.concatenate([[0], np.cumsum(np.cos(middle) ** (freedom - 1))])
+    return math.sqrt(freedom) * np.tan(angle[:-1]), area[:-1] / area[-1]
+
+
+@pytest.mark.parametrize("seeds, by, margin", [(2, 0, 0.5), (5, 0.2, 0.3), (9, -1, 2)])
+def test_a_comparison_equals_numerical_integration(seeds, by, margin):
+    """Both intervals and the p-values of both tests follow from the distribution of Student's t.
+
+    80 % of that distribution are below the t that has 60 % between -t and t.
+    """
+    d = np.random.default_rng(seeds).normal(0.2, 0.4, size=seeds)
+    result = compare(d, by, margin, level=0.01)
+    error = d.std(ddof=1) / math.sqrt(seeds)
+    t, inside = t_probabilities(seeds - 1)
+    assert result.mean == pytest.approx(d.mean())
+    for low, high, level in ((result.low, result.high, 0.95), (result.low90, result.high90, 0.9)):
+        half = error * np.interp(level, inside, t)
+        assert (low, high) == pytest.approx((d.mean() - half, d.mean() + half), abs=1e-4)
+    detectable = error * np.interp([0.99, 0.6], inside, t).sum()
+    assert result.detectable == pytest.approx(detectable, rel=1e-4)
+    assert result.p == pytest.approx(1 - np.interp(abs(d.mean() - by) / error, t, inside), abs=1e-6)
+    nearer = (margin - abs(d.mean())) / error           # in standard errors, to the nearer margin
+    outside = (1 - np.interp(abs(nearer), t, inside)) / 2
+    assert result.p_equivalent == pytest.approx(outside if nearer > 0 else 1 - outside, abs=1e-6)
+
+
+def test_comparisons_as_text_and_their_defaults():
+    """A comparison without a margin has no p-value of equivalence. No p-value is shown as zero."""
+    assert str(compare([1, 2, 3, 4, 5])) == "+3.00 (+1.04 to +4.96)"
+    assert str(compare([-1.0, -2.0])) == "-1.50 (-7.85 to +4.85)"
+    from_tables = (2.776 + 0.941) * math.sqrt(0.5)      # t for 4 degrees of freedom: 95 %, 80 %
+    assert compare([1, 2, 3, 4, 5]).detectable == pytest.approx(from_tables, abs=1e-3)
+    p_values = compare([1, 2, 3]).p_equivalent, 0.5, 0.0001, 0.00009
+    assert [format_p(p) for p in p_values] == ["nan", "0.5000", "0.0001", "<0.0001"]
+
+
+def test_holms_correction():
+    """Holm's adjusted p is the largest q * (number of p-values that are at least q), over all
+    p-values q up to p."""
+    assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm([0.9]) == [0.9] and holm([0.3, 0.6]) == [0.6, 0.6]
+    values = np.random.default_rng(0).uniform(size=(20, 5)) ** 3
+    for p_values in values:
+        expected = []
+        for p in p_values:
+            products = [q * sum(p_values >= q) for q in p_values if q <= p]
+            expected.append(min(1, max(products)))
+        assert holm(p_values) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("mean, p_holm, p_equivalent, answer", [
+    (1.4, 0.04, 0.06, "holds"), (0.9, 0.04, 0.06, "does not hold"),
+    (-1.4, 0.04, 0.06, "does not hold"), (1.4, 0.04, 0.04, "holds, within the margin"),
+    (0.9, 0.04, 0.04, "does not hold, within the margin"), (1.4, 0.06, 0.04, "equivalent"),
+    (1.4, 0.06, 0.06, "undecided"), (1.4, 0.06, math.nan, "undecided")])
+def test_verdicts(mean, p_holm, p_equivalent, answer):
+    """The adjusted p-value decides whether a claim of more than 1 point holds.
+
+    Without a test of equivalence, the verdict never mentions it.
+    """
+    comparison = compare([1, 2, 3])._replace(mean=mean, p_equivalent=p_equivalent)
+    assert verdict(comparison, 1, p_holm, True) == answer
+    untested = {"equivalent": "undecided"}.get(answer, answer.partition(",")[0])
+    assert verdict(comparison, 1, p_holm, False) == untested
+
+
+# --- differences between all trees ----------------------------------------------------------------
+def squares_left(gains, effects):
+    """The sum of squares that a least-squares fit of these effects ("s" seeds, "t" trees) leaves.
+    """
+    s, t = np.indices(gains.shape).reshape(2, -1)
+    columns = [np.ones(gains.size)]
+    if "s" in effects:
+        columns += [s == i for i in range(1, gains.shape[0])]
+    if "t" in effects:
+        columns += [t == i for i in range(1, gains.shape[1])]
+    design = np.array(columns, float).T
+    fit = design @ np.linalg.lstsq(design, gains.ravel())[0]
+    return ((gains.ravel() - fit) ** 2).sum()
+
+
+def noncentral_chi2(value, freedom, noncentrality):
+    """The probability of a smaller value: a Poisson mixture of chi-squared distributions."""
+    total, weight = 0.0, math.exp(-noncentrality / 2)
+    for j in range(300):
+        total += weight * gammainc(freedom / 2 + j, value / 2)
+        weight *= noncentrality / 2 / (j + 1)
+    return total
+
+
+@pytest.mark.parametrize("seeds, trees, true", [(9, 7, 0.2), (9, 7, 0.5), (4, 3, 0.6), (6, 5, 0)])
+def test_the_spread_of_trees_equals_an_analysis_of_variance(seeds, trees, true):
+    """The noise and F come from nested least-squares fits.
+
+    At either end of the interval, a variance up to the observed one has probability 0.975 or 0.025.
+    """
+    rng = np.random.default_rng(seeds * trees)
+    gains = (rng.normal(size=(seeds, trees)) * 0.5 + rng.normal(size=(seeds, 1)) * 2
+             + rng.normal(size=trees) * true)
+    result = spread_of_trees(gains)
+    freedom = trees - 1, (seeds - 1) * (trees - 1)
+    noise = squares_left(gains, "st") / freedom[1]
+    explained = (squares_left(gains, "s") - squares_left(gains, "st")) / freedom[0]
+    F = explained / noise
+    assert result.rest == pytest.approx(math.sqrt(noise))
+    assert result.seeds == pytest.approx(np.std([row.sum() / trees for row in gains], ddof=1))
+    assert result.trees == pytest.approx(math.sqrt(max(0, explained - noise) / seeds))
+    share = freedom[0] * F / (freedom[0] * F + freedom[1])
+    assert result.p == pytest.approx(1 - betainc(freedom[0] / 2, freedom[1] / 2, share))
+    for end, probability in ((result.low, 0.975), (result.high, 0.025)):
+        noncentrality = end ** 2 * seeds * freedom[0] / noise
+        if end > 0:
+            found = noncentral_chi2(F * freedom[0], freedom[0], noncentrality)
+            assert found == pytest.approx(probability)
+        else:
+            assert noncentral_chi2(F * freedom[0], freedom[0], 0) <= probability
+    shifted = spread_of_trees(gains + 100 * np.arange(seeds)[:, None])      # other seeds' effects
+    assert shifted.trees == pytest.approx(result.trees) and shifted.p == pytest.approx(result.p)
+
+
+@pytest.mark.parametrize("true", [0, 0.2])
+def test_the_interval_of_the_spread_covers_the_truth(true):
+    """In 300 simulated studies, about 95 % of the intervals contain the true standard deviation.
+
+    The estimate contains no noise: on average, its square is the true variance. Without any spread,
+    the estimate is often 0, and few p-values are small.
+    """
+    rng = np.random.default_rng(0)
+    effects = rng.normal(size=7)
+    effects *= true / effects.std(ddof=1)
+    studies = []
+    for _ in range(300):
+        studies.append(spread_of_trees(effects + rng.normal(size=(9, 1))
+                                       + 0.4 * rng.normal(size=(9, 7))))
+    covered = np.mean([s.low <= true <= s.high for s in studies])
+    assert 0.92 <= covered <= 0.985
+    if true:
+        variance = np.mean([s.trees ** 2 for s in studies])
+        assert variance == pytest.approx(true ** 2, rel=0.1)
+    else:
+        assert np.mean([s.trees == 0 for s in studies]) > 0.4
+        assert np.mean([s.p < 0.05 for s in studies]) == pytest.approx(0.05, abs=0.03)
+
+
+# --- the figure -----------------------------------------------------------------------------------
+def test_bars_are_at_the_right_place(tmp_path):
+    """A row's bar reaches from one end of its interval to the other, its dot is at the mean.
+
+    Only the marked row is orange. Positions are measured from the lines at whole numbers.
+    """
+    rows = {"a": [1.2, 1.4, 1.9], "b": [-2.0, -1.4, -1.2], "c": [0.1, 0.3, 0.2]}
+    draw_rows(tmp_path / "rows.png", "a title", rows, marked="b")
+    picture = np.array(Image.open(tmp_path / "rows.png")).astype(int)
+    lines = (picture == 220).all(-1).mean(0) > 0.4                  # gainsboro
+    zero = (picture == 0).all(-1).mean(0) > 0.4                     # black
+    ticks = sorted([*np.flatnonzero(lines), *np.flatnonzero(zero)])
+    assert len(np.flatnonzero(zero)) == 1
+    origin, unit = np.flatnonzero(zero)[0], (ticks[-1] - ticks[0]) / (len(ticks) - 1)
+    ends = [end for values in rows.values() for end in compare(values)[1:3]]
+    assert len(ticks) == math.ceil(max(ends)) - math.floor(min(ends)) + 1
+
+    heights = []
+    for colour, names in (((65, 105, 225), ["a", "c"]), ((255, 140, 0), ["b"])):
+        drawn = (picture == colour).all(-1)
+        bars = np.flatnonzero(drawn.sum(1) > 15)                    # rows of pixels
+        groups = np.split(bars, np.flatnonzero(np.diff(bars) > 1) + 1)
+        assert len(groups) == len(names)
+        for name, bar in zip(names, groups):
+            y = bar[len(bar) // 2]
+            heights.append((y, name))
+            result = compare(rows[name])
+            x = np.flatnonzero(drawn[y])
+            expected = origin + unit * np.array([result.low, result.high])
+            assert (x[0], x[-1]) == pytest.approx(tuple(expected), abs=2)
+            dot = np.flatnonzero(drawn[y - 4])                      # above the bar: only the dot
+            assert len(dot) > 3
+            assert dot.mean() == pytest.approx(origin + unit * result.mean, abs=2)
+    assert [name for _, name in sorted(heights)] == ["a", "b", "c"]
