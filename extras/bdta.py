@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from decoders import make_head
 
+REDUCTION = 4   # r
 EPS = 1e-6      # epsilon of the LayerNorms in `Direction`, as in ViT-Adapter
 
 
@@ -44,14 +45,11 @@ class DeformableAttention(nn.Module):
 
     A linear layer computes these positions from the query, as offsets (in pixels of the value map)
     from the query's own position. Values between pixels are interpolated bilinearly, and values
-    outside the map are zero. Raises ValueError if `heads` does not divide `dim`.
+    outside the map are zero. `heads` must divide `dim`.
     """
 
     def __init__(self, dim: int, heads: int = 6, points: int = 4):
         super().__init__()
-        if dim % heads:
-            raise ValueError(f"DeformableAttention: {dim} channels do not divide into {heads} "
-                             "heads; choose a different number of heads")
         self.heads = heads
         self.points = points
         self.sampling_offsets = nn.Linear(dim, heads * points * 2)
@@ -79,16 +77,15 @@ class DeformableAttention(nn.Module):
         """query (B, H, W, C), value (B, H', W', C) -> (B, H, W, C)."""
         B, H, W, C = query.shape
         h, P = self.heads, self.points
-        # Compute sampling positions in float32 even under autocast: bfloat16 would round them by a
-        # noticeable fraction of a pixel on large maps.
-        dtype = torch.promote_types(query.dtype, torch.float32)
         v = self.value_proj(value).unflatten(3, (h, -1))                    # (B, H', W', h, C/h)
-        v = v.permute(0, 3, 4, 1, 2).flatten(0, 1).to(dtype)                # (B*h, C/h, H', W')
+        v = v.permute(0, 3, 4, 1, 2).flatten(0, 1)                          # (B*h, C/h, H', W')
 
-        offsets = self.sampling_offsets(query).to(dtype)
+        offsets = self.sampling_offsets(query)
         dx, dy = offsets.unflatten(3, (h, P, 2)).unbind(-1)                 # (B, H, W, h, P)
-        x = centres(W, query.device, dtype)[:, None, None]                  # (W, 1, 1)
-        y = centres(H, query.device, dtype)[:, None, None, None]            # (H, 1, 1, 1)
+        # Positions are float32 even under autocast: on large maps, bfloat16 would round them by a
+        # noticeable fraction of a pixel.
+        x = centres(W, query.device)[:, None, None]                         # (W, 1, 1)
+        y = centres(H, query.device)[:, None, None, None]                   # (H, 1, 1, 1)
         x = x + dx * (2 / value.shape[2])       # in grid_sample's units, a map is 2 by 2
         y = y + dy * (2 / value.shape[1])
         grid = torch.stack([x, y], -1)                                      # (B, H, W, h, P, 2)
@@ -102,9 +99,9 @@ class DeformableAttention(nn.Module):
         return self.output_proj(out)
 
 
-def centres(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+def centres(n: int, device: torch.device) -> Tensor:
     """The centres of n pixels (n,) in grid_sample's coordinates, where a map spans -1 to 1."""
-    return (2 * torch.arange(n, device=device, dtype=dtype) + 1) / n - 1
+    return (2 * torch.arange(n, device=device) + 1) / n - 1
 
 
 class FeedForward(nn.Module):
@@ -165,10 +162,9 @@ class BDTA(nn.Module):
     direction replaces the sum in eq. 8. T2G without G2T reads the bypass instead of G2T's result.
     """
 
-    def __init__(self, dim: int, num_tasks: int, reduction: int = 4,
-                 directions: Sequence[str] = ("g2t", "t2g")):
+    def __init__(self, dim: int, num_tasks: int, directions: Sequence[str] = ("g2t", "t2g")):
         super().__init__()
-        c = dim // reduction
+        c = dim // REDUCTION
         self.num_tasks = num_tasks
         self.main_proj = nn.Linear(dim, c)
         self.bypass_proj = nn.Linear(dim, c)
@@ -271,11 +267,11 @@ class TaskExperts(nn.Module):
 class BDTANet(nn.Module):
     """The frozen backbone, the bypass, the experts, and one head per task.
 
-    tasks: objects with `name` and `outputs`; reduction: r; directions and mixture: for ablations,
-    see `BDTA` and `TaskExperts`.
+    tasks: objects with `name` and `outputs`. directions and mixture: for the paper's ablations, see
+    `BDTA` and `TaskExperts`.
     """
 
-    def __init__(self, backbone: nn.Module, tasks: Sequence, reduction: int = 4,
+    def __init__(self, backbone: nn.Module, tasks: Sequence,
                  directions: Sequence[str] = ("g2t", "t2g"), mixture: bool = True):
         super().__init__()
         self.backbone = backbone.requires_grad_(False)
@@ -284,7 +280,7 @@ class BDTANet(nn.Module):
         num_tasks = len(tasks)
         self.bypass = nn.ModuleList()
         for dim in dims:
-            self.bypass.append(BDTA(dim, num_tasks, reduction, directions))
+            self.bypass.append(BDTA(dim, num_tasks, directions))
         self.experts = nn.ModuleList()
         for i, dim in enumerate(dims):
             self.experts.append(TaskExperts(dim, first, num_tasks, bias=i == 0, mixture=mixture))

@@ -190,7 +190,7 @@ class PyramidVisionTransformer(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Conv2d):
-                # He initialisation by fan-out: the number of outputs that read one input.
+                # As in the official code: fan-out is kernel area x output channels / groups.
                 fan_out = module.weight[:, 0].numel() / module.groups
                 nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)
                 nn.init.zeros_(module.bias)
@@ -225,9 +225,6 @@ def load_weights(backbone: nn.Module, source: str, name: str = "b2") -> None:
     downloaded. Raises ValueError if the weights cannot be downloaded or read, or do not fit the
     backbone.
     """
-    if source == "torchvision":
-        raise ValueError("weights: torchvision has no weights for PVT v2; expected imagenet or the "
-                         "path of a file")
     if source == "imagenet":
         path = fetch(OFFICIAL_URL.format(name=name))
     else:
