@@ -149,17 +149,21 @@ def draw_grid(path: Path, titles: Sequence[str],
 
 @torch.no_grad()
 def draw_samples(path: Path, predictors: dict[str, Callable], tasks: Sequence, dataset,
-                 size: tuple[int, int], device: torch.device, count: int = 2) -> None:
-    """Draw the first `count` samples: the ground truth of each task above its predictions.
+                 size: tuple[int, int], device: torch.device,
+                 images: Sequence[int] = (0, 1)) -> None:
+    """Draw some samples: the ground truth of each task above its predictions.
 
     predictors: {name: function from image (1, 3, H, W) to {task: prediction}}; each gets one row
-    per sample. Pixels without ground truth are striped.
+    per sample. images: numbers of the samples; those that the dataset does not have are left out.
+    Pixels without ground truth are striped.
     """
     H, W = size
     diagonal = torch.arange(H)[:, None] + torch.arange(W)
     stripes = 0.5 * (diagonal % 8 < 4)                              # (H, W), black and grey
     rows, striped = [], False
-    for i in range(min(count, len(dataset))):
+    for i in images:
+        if i >= len(dataset):
+            continue
         batch = collate([dataset[i]])
         image, labels = warp(batch, size, device)
         photo = batch["image"].float() / 255

@@ -2,10 +2,10 @@
 
     python -m extras.table runs/table --baseline single
     python -m extras.table runs/table --baseline baselines/nyud.json --last
-    python -m extras.table "runs/decoders only" runs/TGLoRA --picture comparison.png
+    python -m extras.table runs/decoders runs/tglora --picture comparison.png
 
-Each path is the folder of a run, whose name is the name of the method, or a folder that holds runs
-as METHOD/RUN. Each method gets one row. Runs of the same method and seed count as one run, so a
+Each path is the folder of a run, the folder of a method with one folder per run, or a folder of
+such methods. Each method gets one row, named after its folder. Runs of the same method and seed count as one run, so a
 method may consist of one single-task run per task. docs/RESULTS.md shows how to train such runs.
 Reference: arXiv 2509.19602, eq. 7 (delta-m).
 """
@@ -33,15 +33,14 @@ def find_runs(paths: Sequence[Path]) -> list[tuple[str, Path]]:
     """(method, metrics.json) of every run in `paths`; see the top of this file."""
     found = []
     for path in paths:
-        own = path / "metrics.json"
-        inside = sorted(path.glob("*/*/metrics.json"))
-        if own.is_file():
-            found.append((path.absolute().name, own))
-        elif inside:
-            found += [(file.parent.parent.name, file) for file in inside]
-        else:
-            raise ValueError(f"no run in {path}; expected a file metrics.json, or files "
+        name = path.absolute().name
+        runs = [*path.glob("metrics.json"), *sorted(path.glob("*/metrics.json"))]
+        methods = sorted(path.glob("*/*/metrics.json"))
+        if not runs + methods:
+            raise ValueError(f"no run in {path}; expected a file metrics.json, RUN/metrics.json or "
                              "METHOD/RUN/metrics.json (see docs/RESULTS.md)")
+        found += [(name, file) for file in runs]
+        found += [(file.parent.parent.name, file) for file in methods]
     return found
 
 
@@ -164,8 +163,9 @@ def print_table(found: Sequence[tuple[str, Path]], baseline: str | None, last: b
     print(format_runs(methods, results, "last" if last else "best"))
 
 
-def draw_picture(path: Path, found: Sequence[tuple[str, Path]], last: bool) -> None:
-    """Draw two validation images: the ground truth above the predictions of each method.
+def draw_picture(path: Path, found: Sequence[tuple[str, Path]], last: bool,
+                 images: Sequence[int]) -> None:
+    """Draw some validation images: the ground truth above the predictions of each method.
 
     A method is shown by its first run. Raises ValueError if these runs have other tasks or other
     validation images.
@@ -184,7 +184,7 @@ def draw_picture(path: Path, found: Sequence[tuple[str, Path]], last: bool) -> N
         predictors[method] = predictor(model, None)
     config.cache = False
     dataset = open_dataset(config, "val")
-    draw_samples(path, predictors, tasks, dataset, config.size, torch.device("cpu"))
+    draw_samples(path, predictors, tasks, dataset, config.size, torch.device("cpu"), images)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -193,19 +193,22 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False)
     add = parser.add_argument
-    add("paths", type=Path, nargs="+", help="folders of runs, or folders with METHOD/RUN in them")
+    add("paths", type=Path, nargs="+", help="a run, a METHOD with its runs, or a "
+        "folder with METHOD/RUN in it")
     add("--baseline", help="also show delta-m against this baseline: a METHOD, or a JSON file with "
         "results, such as baselines/nyud.json")
     add("--last", action="store_true", help="show the results of each run's last epoch "
         "instead of its best epoch")
-    add("--picture", type=Path, metavar="FILE", help="also draw a PNG of two validation images, "
-        "with the ground truth and the predictions of each method's first run")
+    add("--picture", type=Path, metavar="FILE", help="also draw a PNG of some validation "
+        "images, with the ground truth and the predictions of each method's first run")
+    add("--images", type=int, nargs="+", default=[0, 1], help="numbers of the validation images in "
+        "the picture, from 0 (default: 0 1)")
     args = parser.parse_args(argv)
     with one_line_errors():
         found = find_runs(args.paths)
         print_table(found, args.baseline, args.last)
         if args.picture:
-            draw_picture(args.picture, found, args.last)
+            draw_picture(args.picture, found, args.last, args.images)
             print(f"wrote {args.picture}")
 
 

@@ -31,12 +31,13 @@ def write_run(folder, seed, more=(), **results):
 @pytest.fixture
 def runs(tmp_path):
     """A folder with runs of a single-task and a multi-task method, with two seeds each."""
+    folder = tmp_path / "runs"
     for seed, semseg, depth in ((0, 0.4, 1.0), (1, 0.6, 1.0)):
-        write_run(tmp_path / f"single/{seed}-semseg", seed, semseg=semseg)
-        write_run(tmp_path / f"single/{seed}-depth", seed, depth=depth)
-    write_run(tmp_path / "tglora/0", 0, semseg=0.55, depth=0.9)
-    write_run(tmp_path / "tglora/1", 1, semseg=0.6, depth=0.8)
-    return tmp_path
+        write_run(folder / f"single/{seed}-semseg", seed, semseg=semseg)
+        write_run(folder / f"single/{seed}-depth", seed, depth=depth)
+    write_run(folder / "tglora/0", 0, semseg=0.55, depth=0.9)
+    write_run(folder / "tglora/1", 1, semseg=0.6, depth=0.8)
+    return folder
 
 
 def test_the_table_by_hand(runs, capsys):
@@ -73,8 +74,8 @@ def test_folders_of_runs_are_methods(tmp_path, capsys):
 def test_unusable_files_are_refused(runs):
     """A folder without runs, a baseline without one of the tasks and an incomplete metrics.json are
     errors."""
-    with pytest.raises(SystemExit, match=f"^error: no run in {runs / 'tglora'}; expected"):
-        table.main([str(runs), str(runs / "tglora")])
+    with pytest.raises(SystemExit, match=f"^error: no run in {runs / 'none'}; expected"):
+        table.main([str(runs), str(runs / "none")])
     path = runs / "baseline.json"
     path.write_text('{"results": {"semseg": {"mIoU": 0.5}}}')
     with pytest.raises(SystemExit, match="^error: .*rmse of depth"):
@@ -83,6 +84,13 @@ def test_unusable_files_are_refused(runs):
     damaged.write_text('{"results": {"depth": {"rmse": 1}}}')
     with pytest.raises(SystemExit, match=f"^error: {damaged}"):
         table.main([str(runs)])
+
+
+def test_a_method_and_a_run_can_be_given_by_their_folders(runs, capsys):
+    """A folder of runs is a method. A single run is a method with one seed."""
+    table.main([str(runs / "tglora"), str(runs / "single/0-depth")])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[:3] for line in lines[1:]] == [["tglora", "best", "2"], ["0-depth", "best", "1"]]
 
 
 def test_runs_that_cannot_be_combined_are_refused(runs):
@@ -126,6 +134,8 @@ def test_the_picture_shows_every_methods_predictions(tmp_path, monkeypatch):
     low, high, other = (str(tmp_path / name) for name in ("low", "high", "other"))
     table.main([low, high, "--picture", str(path)])
     assert Image.open(path).height > 6 * 160                    # two samples of three rows each
+    table.main([low, high, "--picture", str(path), "--images", "1", "5"])   # there is no image 5
+    assert 3 * 160 < Image.open(path).height < 6 * 160
     image = torch.rand(1, 3, 32, 32)
     for name, predict in drawn.items():
         model, _, _ = load_run(tmp_path / name)
