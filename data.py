@@ -55,8 +55,9 @@ DATASETS = {"rooms": open_rooms, "nyud": open_files, "pascal": open_files}
 def open_dataset(config, split: str) -> Dataset:
     """The "train" or "val" split of `config.dataset`, whose samples are checked when they are read.
 
-    Uses config.dataset, config.tasks, config.cache, and the settings that this dataset needs.
-    Raises ValueError for an unknown dataset or task, missing files, or a split without images.
+    Uses config.dataset, config.data_root, config.tasks, config.cache, and the settings that this
+    dataset needs. Raises ValueError for an unknown dataset or task, missing files, or a split
+    without images.
     """
     if config.dataset not in DATASETS:
         raise ValueError(f"unknown dataset {config.dataset!r}; expected one of "
@@ -65,7 +66,7 @@ def open_dataset(config, split: str) -> Dataset:
     tasks = make_tasks(config.tasks, CLASSES.get(config.dataset))
     dataset = DATASETS[config.dataset](config, split)
     if len(dataset) == 0:
-        raise ValueError(f"{config.dataset}: the {split} split has no images")
+        raise ValueError(f"{config.dataset}: the {split} split in {config.data_root} has no images")
     dataset = Checked(f"{config.dataset} {split}", dataset, tasks)
     return InMemory(dataset, f"{config.dataset} {split} images") if config.cache else dataset
 
@@ -75,7 +76,8 @@ class Checked(Dataset):
 
     Only the image and the labels of `tasks` are kept. Both may be numpy arrays. A float label with
     one channel may be (H, W) instead of (1, H, W). In float labels, NaN and infinity become 0,
-    which means "no label" for depth. name: the name of the dataset, for error messages.
+    which means "no label" for depth. name: the name of the dataset, for error messages. If the
+    dataset has a list `ids` or `names` of its samples' names, error messages contain those too.
     """
 
     def __init__(self, name: str, dataset: Dataset, tasks: list):
@@ -93,14 +95,20 @@ class Checked(Dataset):
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         try:
             return check_sample(self.dataset[i], self.tasks)
-        except StopIteration as error:                        # would silently end a loader's loop
-            raise RuntimeError(f"{self.name}: sample {i}: StopIteration") from error
         except (ValueError, OSError) as error:
-            message = " ".join((str(error) or repr(error)).split())     # on a single line
-            raise ValueError(f"{self.name}: sample {i}: {message}") from error
+            message = " ".join(str(error).split())            # on a single line
+            raise ValueError(f"{self.sample_name(i)}: {message}") from error
         except Exception as error:                            # a bug keeps its traceback
-            error.add_note(f"{self.name}: sample {i}")
+            error.add_note(self.sample_name(i))
             raise
+
+    def sample_name(self, i: int) -> str:
+        """What error messages call sample i: its number, and its name if the dataset tells it."""
+        for attribute in ("ids", "names"):
+            names = getattr(self.dataset, attribute, None)
+            if isinstance(names, Sequence) and len(names) == len(self):
+                return f"{self.name}: sample {i} ({names[i]})"
+        return f"{self.name}: sample {i}"
 
 
 def check_sample(sample: dict, tasks: list) -> dict[str, Tensor]:
@@ -115,12 +123,9 @@ def check_sample(sample: dict, tasks: list) -> dict[str, Tensor]:
     for name in ("image", *(task.name for task in tasks)):
         if name not in sample:
             raise ValueError(f"the sample has no {name}; it has {', '.join(sample)}")
-        try:
-            tensors[name] = torch.as_tensor(sample[name]).detach()
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{name} cannot be converted to a tensor: {error}") from error
+        tensors[name] = torch.as_tensor(sample[name])
     image = tensors["image"]
-    if image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3 or image.numel() == 0:
+    if image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3:
         raise ValueError(f"image is {described(image)}; expected (3, H, W) of uint8")
     checked = {"image": image}
     for task in tasks:

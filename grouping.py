@@ -19,14 +19,13 @@ Reference: arXiv 2509.19602, sections 3.3 and 4.4.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from itertools import combinations, permutations, zip_longest
+from collections.abc import Iterator, Sequence
+from itertools import combinations, permutations
 from pathlib import Path
 
 import numpy as np
 
 Partition = list[tuple[int, ...]]
-MAX_TASKS = 10      # limit of the exact search, which takes half a second for ten tasks
 
 
 # --- one partition --------------------------------------------------------------------------------
@@ -54,45 +53,32 @@ def partitions(tasks: Sequence[int]) -> Iterator[Partition]:
 def best_partition(sim: np.ndarray, num_groups: int) -> Partition:
     """The partition into `num_groups` groups with the highest score; if several tie, the first.
 
-    The paper uses branch and bound. For up to ten tasks we can simply try every partition.
+    The paper uses branch and bound. Up to ten tasks, we simply try every partition. Above ten
+    tasks, the result is only approximate: Algorithm 1, starting from single tasks.
 
-    Args:
-        sim: (T, T) similarities of tasks.
-    Raises:
-        ValueError: if num_groups is not between 1 and T; if there are more than ten tasks and
-            num_groups is neither 1 nor T; or if sim is not a square matrix of finite numbers.
+    sim: (T, T) similarities of tasks. Raises ValueError if one of them is not finite.
     """
-    check_similarity(sim)
+    if not np.isfinite(sim).all():
+        raise ValueError("similarity: every pair of tasks needs a finite number; no tree can be "
+                         "computed while a similarity is unknown")
     T = len(sim)
-    if not 1 <= num_groups <= T:
-        raise ValueError(f"cannot split {T} tasks into {num_groups} groups; expected 1 to {T}")
-    if num_groups == 1:
-        return [tuple(range(T))]
-    if num_groups == T:
-        return [(t,) for t in range(T)]
-    if T > MAX_TASKS:
-        raise ValueError(f"the exact search over partitions handles up to {MAX_TASKS} tasks, got "
-                         f"{T}; use extras.budget.near_best_partition, or one group per task in "
-                         "the last stage, which needs no search")
-    values = np.asarray(sim).tolist()       # lists are faster to read from than arrays
+    if T > 10:
+        singles = [(t,) for t in range(T)]
+        return merge_groups(singles, sim, num_groups)
     candidates = [p for p in partitions(range(T)) if len(p) == num_groups]
-    return max(candidates, key=lambda p: score(p, values))
+    return max(candidates, key=lambda p: score(p, sim))
 
 
 def merge_groups(partition: Partition, sim: np.ndarray, num_groups: int) -> Partition:
-    """Algorithm 1: repeatedly merge the pair of groups whose union gives the best score.
+    """Algorithm 1: merge the pair of groups whose union gives the best score, again and again.
 
-    Stops when `num_groups` groups are left.
+    Stops when `num_groups` groups are left. If several pairs tie, the first is merged.
 
-    Trap: the paper's search starts from score 0, so it returns nothing when all similarities are
-    negative. `max` has no such limit, and takes the first if several tie. Raises ValueError if
-    num_groups is not between 1 and the number of groups, or if sim is not a square matrix of finite
-    numbers.
+    Pitfall: the paper's listing has two misprints. It starts from score 0, so it finds nothing if
+    all similarities are negative; `max` has no such limit. And its line 6 merges groups of P, the
+    partition at the start, where Q is meant, the partition after the merges so far. As printed, a
+    second merge undoes the first.
     """
-    check_similarity(sim)
-    if not 1 <= num_groups <= len(partition):
-        raise ValueError(f"cannot merge {len(partition)} groups into {num_groups}; expected 1 to "
-                         f"{len(partition)}")
     while len(partition) > num_groups:
         candidates = [merged(partition, a, b) for a, b in combinations(partition, 2)]
         partition = max(candidates, key=lambda p: score(p, sim))
@@ -106,36 +92,23 @@ def merged(partition: Partition, a: tuple[int, ...], b: tuple[int, ...]) -> Part
     return sorted([*others, union])
 
 
-def check_similarity(sim: np.ndarray) -> None:
-    """Raise ValueError unless `sim` is a square matrix of finite numbers."""
-    sim = np.asarray(sim, dtype=float)
-    if sim.ndim != 2 or len(sim) != sim.shape[1]:
-        raise ValueError(f"similarity: expected a square matrix (T, T), got shape {sim.shape}")
-    for t, u in np.argwhere(~np.isfinite(sim)):
-        raise ValueError(f"similarity of tasks {t} and {u} is {sim[t, u]}; expected a finite "
-                         "number: without it, no tree can be computed")
-
-
 # --- trees ----------------------------------------------------------------------------------------
-def build_tree(sim: np.ndarray, groups_per_stage: Sequence[int],
-               search: Callable[[np.ndarray, int], Partition] = best_partition) -> list[Partition]:
+def build_tree(sim: np.ndarray, groups_per_stage: Sequence[int]) -> list[Partition]:
     """One partition per stage, computed from the last stage to the first (section 4.4).
 
     Args:
         sim: (T, T) similarities of tasks.
         groups_per_stage: number of groups, from the first stage to the last; never decreasing,
             because groups only split on the way to the decoders.
-        search: finds the last stage's partition; for more than ten tasks, use
-            extras.budget.near_best_partition.
     Raises:
-        ValueError: if groups_per_stage does not fit the tasks, or if `search` raises it.
+        ValueError: if groups_per_stage does not fit the tasks, or a similarity is not finite.
     """
     groups = list(groups_per_stage)
-    if groups != sorted(groups) or groups[0] < 1 or groups[-1] > len(sim):
-        listed = ",".join(map(str, groups))
-        raise ValueError(f"groups {listed} do not fit {len(sim)} tasks: expected one number per "
-                         f"stage, each from 1 to {len(sim)} and never decreasing")
-    partition = search(sim, groups[-1])
+    T = len(sim)
+    if groups != sorted(groups) or groups[-1] > T:
+        raise ValueError(f"groups {groups} do not fit {T} tasks: expected one number per stage, "
+                         f"from 1 to {T} and never decreasing")
+    partition = best_partition(sim, groups[-1])
     tree = [partition]
     for num_groups in reversed(groups[:-1]):
         partition = merge_groups(partition, sim, num_groups)
@@ -143,26 +116,13 @@ def build_tree(sim: np.ndarray, groups_per_stage: Sequence[int],
     return tree
 
 
-def uneven_tree(num_tasks: int, groups_per_stage: Sequence[int]) -> list[Partition]:
-    """A tree for counting costs before any similarity is known.
-
-    With G groups, the first T - G + 1 tasks share a group and every other task has its own group.
-    """
-    tree = []
-    for num_groups in groups_per_stage:
-        shared = num_tasks - num_groups + 1
-        singles = [(t,) for t in range(shared, num_tasks)]
-        tree.append([tuple(range(shared)), *singles])
-    return tree
-
-
 def check_tree(tree: Sequence[Partition], num_tasks: int) -> None:
-    """Raise ValueError if a stage lacks or repeats a task, has an empty group, or merges groups."""
+    """Raise ValueError if a stage lacks or repeats a task, or if groups merge again."""
     for i, partition in enumerate(tree):
         members = sorted(t for group in partition for t in group)
-        if members != list(range(num_tasks)) or () in partition:
+        if members != list(range(num_tasks)):
             raise ValueError(f"tree: stage {i + 1} must hold each of the {num_tasks} tasks exactly "
-                             "once, and no empty group")
+                             "once")
         if i > 0:
             parents(tree[i - 1], partition)
 
@@ -209,8 +169,9 @@ def format_tree(tree: Sequence[Partition], names: Sequence[str], choices: Sequen
     choices: for each stage, the Choice of stability.stability, or None. A Choice is written at the
     end of its stage's line.
     """
+    choices = choices or [None] * len(tree)
     lines = []
-    for i, (stage, choice) in enumerate(zip_longest(name_tree(tree, names), choices)):
+    for i, (stage, choice) in enumerate(zip(name_tree(tree, names), choices)):
         groups = ["{" + ", ".join(group) + "}" for group in stage]
         line = f"stage {i + 1}   " + " ".join(groups)
         if choice is not None:
@@ -227,28 +188,17 @@ def name_tree(tree: Sequence[Partition], names: Sequence[str]) -> list[list[list
 def read_tree(path: str | Path, names: Sequence[str]) -> list[Partition]:
     """Read and check a saved tree: {"tree": [[["semseg", "depth"], ["normals"]], ...]}.
 
-    Raises a ValueError that names the file if it is missing or its content is wrong.
+    Raises ValueError, with the path, if the file holds no tree of these tasks.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"tree: cannot read {path}: there is no such file")
-    index = {name: t for t, name in enumerate(names)}
+    names = list(names)
     tree = []
     try:
-        # utf-8-sig: some editors on Windows start files with a byte order mark
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-        stages = content["tree"] if "tree" in content else None     # None: a TypeError
-        for stage in stages:
-            partition = [tuple(sorted(index[name] for name in group)) for group in stage]
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        for stage in content["tree"]:
+            partition = [tuple(sorted(names.index(name) for name in group)) for group in stage]
             tree.append(sorted(partition))
-    except KeyError as error:
-        raise ValueError(f"{path}: unknown task {error}; expected the tasks {', '.join(names)}"
-                         ) from error
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f'{path}: expected {{"tree": [for each stage, [for each group, '
-                         "[names of tasks]]]}") from error
-    try:
         check_tree(tree, len(names))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} holds no tree of the tasks {', '.join(names)}: {error}"
+                         ) from error
     return tree

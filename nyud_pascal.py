@@ -17,22 +17,20 @@ References: NYU's 40 classes are from Gupta et al., CVPR 2013. The layouts, the 
 person, and the choice of classes with valid PASCAL normals are from ASTMT (arXiv 1904.08918).
 """
 
-import os
+import gzip
 import shutil
 import tarfile
-import time
 import zlib
-from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from util import progress, reading
+from util import reading
 
 # --- names of classes -----------------------------------------------------------------------------
 SEMSEG = {      # {dataset: class names}; the index of a name is its number in our labels
@@ -84,8 +82,6 @@ ADDRESSES = {
 }
 PAGES = ("https://github.com/facebookresearch/astmt or "
          "https://github.com/prismformore/Multi-Task-Transformer")
-STAMP = "archive_stamp.txt"     # file in an unpacked folder; identifies the archive it came from
-ABANDONED = 60                  # seconds after which an unchanged .partial folder is removed
 
 
 def find_dataset(name: str, source: str | Path, download: bool = False) -> Path:
@@ -94,7 +90,7 @@ def find_dataset(name: str, source: str | Path, download: bool = False) -> Path:
     source: this folder, a folder at most two levels above it, an archive of the dataset, or a
     folder with an archive in it. download: if no dataset is found, fetch the archive into `source`.
     Raises ValueError if the dataset is not found or several folders hold it, or if the archive is
-    damaged, holds something else, or was replaced after it had been unpacked.
+    damaged or holds something else.
     """
     source = Path(source)
     if source.is_file():
@@ -109,19 +105,13 @@ def find_dataset(name: str, source: str | Path, download: bool = False) -> Path:
         raise ValueError(f"{name}: {source} holds several copies of the dataset: "
                          f"{', '.join(map(str, folders))}. Name one of them with --data-root")
     if folders:
-        check_stamp(folders[0])
         return folders[0]
 
     for archive in ARCHIVES[name]:
         if (source / archive).is_file():
             return find_dataset(name, source / archive)
     if download:
-        archive = fetch_archive(name, source)
-        try:
-            return find_dataset(name, archive)
-        except ValueError:
-            archive.unlink()    # delete the wrong file, so that the next try downloads again
-            raise
+        return find_dataset(name, fetch_archive(name, source))
     if source.is_dir():
         problem = f"holds neither {SPLITS[name]}/ nor an archive"
     else:
@@ -133,124 +123,67 @@ def find_dataset(name: str, source: str | Path, download: bool = False) -> Path:
 
 def fetch_archive(name: str, folder: Path) -> Path:
     """Download the archive of dataset `name` into `folder`. Raises ValueError if that fails."""
-    from torchvision.datasets.utils import download_url     # slow to import
     archive = folder / ARCHIVES[name][0]
-    part = folder / f"{archive.name}.part"
-    part.unlink(missing_ok=True)    # download_url would mistake it for the whole file
     print(f"downloading {ADDRESSES[name]} to {archive}", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        download_url(ADDRESSES[name], str(folder), part.name)
-    except Exception as error:      # torchvision does not document what it raises
-        part.unlink(missing_ok=True)
+        torch.hub.download_url_to_file(ADDRESSES[name], str(archive))
+    except Exception as error:      # torch does not document what it raises
         raise ValueError(f"the download of {ADDRESSES[name]} failed: {error}. Put the archive into "
                          f"{folder} yourself; it is documented at {PAGES}") from error
-    part.rename(archive)
     return archive
 
 
 def unpack(name: str, archive: Path) -> Path:
     """Unpack an archive of dataset `name` into a folder next to it, unless that was done before.
 
-    NYUD_MT.tgz is unpacked to NYUD_MT.tgz.partial, which is then renamed to NYUD_MT.tgz.unpacked.
-    If the archive is damaged or holds something else, ValueError is raised before anything is
-    written. Returns the folder.
+    NYUD_MT.tgz is unpacked to NYUD_MT.tgz.partial, which is renamed to NYUD_MT.tgz.unpacked when it
+    is complete. Raises ValueError if the archive is damaged or holds something else. Returns the
+    folder.
     """
     folder = archive.with_name(archive.name + ".unpacked")
     if folder.is_dir():
         return folder
-    megabytes = archive.stat().st_size / 1e6
-    print(f"unpacking {archive} ({megabytes:.0f} MB) to {folder}", flush=True)
-    members = read_members(name, archive)
     partial = archive.with_name(archive.name + ".partial")
-    claim_folder(partial)
-    if folder.is_dir():     # another process has just finished it
-        partial.rmdir()
-        return folder
+    print(f"unpacking {archive} to {folder}", flush=True)
+    try:
+        partial.mkdir()
+    except FileExistsError as error:
+        raise ValueError(f"{partial} exists: either another run is unpacking the archive, or a run "
+                         "was killed while it did. Wait for that run, or delete the folder"
+                         ) from error
     try:
         with tarfile.open(archive) as tar:
-            for member in progress(members, "unpacked files"):
-                tar.extract(member, partial, filter="data")
-                os.utime(partial)                   # tells `claim_folder` we are still busy
-        (partial / STAMP).write_text(stamp(archive))
+            tar.extractall(partial, filter="data")      # refuses paths that lead out of the folder
+            while tar.fileobj.read(1 << 20):            # gzip's checksum comes at the very end
+                pass
+        if not any(partial.rglob(SPLITS[name])):
+            raise ValueError(f"{archive} holds no {SPLITS[name]}/, so it is not an archive of "
+                             f"{name}; see {PAGES}")
         partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{archive} is damaged, or is not an archive of {name} "
+                         f"({type(error).__name__}); delete it and fetch it again, see {PAGES}"
+                         ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)      # after the rename, it does not exist
     return folder
 
 
-def read_members(name: str, archive: Path) -> list[tarfile.TarInfo]:
-    """Read a tar archive of dataset `name` to its end, and list the files and folders in it.
-
-    Raises ValueError if the archive is damaged, is not the dataset, or holds links, devices, or
-    paths that lead out of the folder that it is unpacked to.
-    """
-    with reading(archive, f"an archive of {name}; fetch it again, see {PAGES}"):
-        with tarfile.open(archive) as tar:
-            members = tar.getmembers()
-            while tar.fileobj.read(1 << 20):        # gzip's checksum comes at the very end
-                pass
-        for member in members:
-            path = PurePosixPath(member.name)
-            outside = path.is_absolute() or ".." in path.parts
-            if outside or not (member.isreg() or member.isdir()):
-                raise ValueError(f"contains {member.name!r}, which is not a plain file or folder, "
-                                 "or leads out of the dataset's folder. Use a published archive; "
-                                 f"they are documented at {PAGES}")
-        for split in ("train", "val"):
-            expected = f"{SPLITS[name]}/{split}.txt"
-            if not any(member.name.endswith(expected) for member in members):
-                raise ValueError(f"holds no {expected}, so it is not an archive of {name}; see "
-                                 f"{PAGES}")
-    return members
-
-
-def claim_folder(folder: Path) -> None:
-    """Create a folder. If it exists, first wait for the process that works in it to finish.
-
-    If nothing has changed in the folder for a minute, we assume that a killed process left it
-    behind. It is then removed and created again.
-    """
-    while True:
-        try:
-            folder.mkdir()
-            return
-        except FileExistsError:
-            idle = time.time() - folder.stat().st_mtime
-        if idle > ABANDONED:
-            print(f"removing {folder}, probably left behind by a killed process", flush=True)
-            shutil.rmtree(folder)
-        else:
-            print(f"waiting, because another process may be working in {folder}", flush=True)
-            time.sleep(2)
-
-
-def stamp(archive: Path) -> str:
-    """The size and the modification time of an archive, to notice when it has been replaced."""
-    status = archive.stat()
-    return f"{status.st_size} bytes, changed at {int(status.st_mtime)} s"
-
-
-def check_stamp(root: Path) -> None:
-    """Raise ValueError if `root` was unpacked from an archive that has been replaced since."""
-    for folder in (root, *root.parents):
-        if folder.suffix != ".unpacked":
-            continue
-        archive = folder.with_suffix("")            # NYUD_MT.tgz.unpacked -> NYUD_MT.tgz
-        if archive.is_file() and (folder / STAMP).read_text() != stamp(archive):
-            raise ValueError(f"{archive} is not the file that {folder} was unpacked from. Delete "
-                             "that folder to unpack the new archive, or move the archive elsewhere "
-                             "to keep using the folder")
-
-
 # --- files of any kind ----------------------------------------------------------------------------
-def read_image(path: Path, mode: str | None = "RGB") -> np.ndarray:
-    """An image file -> (H, W, 3) uint8, or (H, W) if mode is "L". None keeps the stored values."""
+def read_image(path: Path, mode: str = "RGB") -> np.ndarray:
+    """An image of a dataset -> (H, W, 3) uint8, or (H, W) uint8 if `mode` is "L" (grey).
+
+    Raises ValueError if the image's EXIF data ask for a turn: then the image that people see and
+    the stored image differ, and the labels may fit either.
+    """
     with reading(path, "an image"):
         with Image.open(path) as image:
-            if mode is not None:
-                image = convert(image, mode)
-            return np.array(image)
+            if image.getexif().get(ExifTags.Base.Orientation, 1) > 1:
+                raise ValueError("its EXIF data ask for a turn, so it may not fit its labels; save "
+                                 "it without EXIF data, turned like its labels")
+            check_bits(image)
+            return np.array(image.convert(mode))
 
 
 def read_photo(path: Path) -> np.ndarray:
@@ -261,29 +194,30 @@ def read_photo(path: Path) -> np.ndarray:
     """
     with reading(path, "a photo that Pillow can open"):
         with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            image = convert(image, "RGB")
+            check_bits(image)
+            image = ImageOps.exif_transpose(image).convert("RGB")
             image.thumbnail((2048, 2048))
             return np.array(image)
 
 
-def convert(image: Image.Image, mode: str) -> Image.Image:
-    """Convert an image to "RGB" or "L" (grey). Pillow would clip 16- and 32-bit greys to 0..255.
+def check_bits(image: Image.Image) -> None:
+    """Raise ValueError if a grey has 16 or 32 bits. Pillow would clip it to 0..255."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        raise ValueError("stores greys in 16 or 32 bits; save it as 8 bit")
 
-    16-bit greys are divided by 256. 32-bit greys, integers or floats, have no fixed range: their
-    smallest value becomes black, their largest white.
+
+def read_class_map(path: Path, classes: Sequence[int]) -> np.ndarray:
+    """An image file that stores the class of each pixel, in 8 or 16 bits -> (H, W) uint8.
+
+    classes: the numbers that may occur. Raises ValueError if there is any other number.
     """
-    if image.mode.startswith("I;16"):
-        values = np.array(image) // 256
-        image = Image.fromarray(values.astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        values = np.array(image).astype(np.float64)
-        finite = values[np.isfinite(values)]
-        low, high = finite.min(), finite.max()
-        values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
-        values = (values - low) / max(high - low, 1e-12) * 255
-        image = Image.fromarray(values.round().astype(np.uint8))
-    return image.convert(mode)
+    with reading(path, "an image of classes"):
+        with Image.open(path) as image:
+            label = np.array(image)
+        wrong = label[~np.isin(label, classes)]
+        if wrong.size:
+            raise ValueError(f"holds class {wrong[0]}, expected a number in {classes}")
+    return label.astype(np.uint8)
 
 
 def read_array(path: Path, integers: bool = False) -> np.ndarray:
@@ -310,32 +244,25 @@ def read_mat(path: Path, variable: str) -> np.ndarray | dict:
 
 
 def read_ids(path: Path) -> list[str]:
-    """Read the names of a split's images, one per line. Raises ValueError if one occurs twice."""
+    """Read the names of a split's images, one per line."""
     with reading(path, "a text file with one image name per line"):
         ids = path.read_text("utf-8-sig").split()       # with or without a byte order mark
-        id, times = Counter(ids).most_common(1)[0]
-        if times > 1:
-            raise ValueError(f"lists image {id!r} {times} times; each image must be listed once")
+        for id in ids:
+            if "/" in id or "\\" in id or ".." in id:
+                raise ValueError(f"lists image {id!r}; the name of an image must not contain a "
+                                 "slash or '..'")
     return ids
 
 
 # --- labels ---------------------------------------------------------------------------------------
 def read_nyud_classes(path: Path) -> np.ndarray:
     """NYUD's classes. The stored 0 (void) becomes 255, and the stored 1 to 40 become 0 to 39."""
-    label = read_image(path, mode=None)
-    wrong = label[~np.isin(label, range(41))]
-    if wrong.size:
-        raise ValueError(f"{path} holds class {wrong[0]}, expected 0 (void) to 40")
-    return label.astype(np.uint8) - 1       # 0 wraps around to 255
+    return read_class_map(path, range(41)) - 1      # 0 wraps around to 255
 
 
 def read_voc_classes(path: Path) -> np.ndarray:
     """PASCAL's classes as they are stored: 0 = background, 1 to 20 = objects, 255 = ignore."""
-    label = read_image(path, mode=None)
-    wrong = label[~np.isin(label, [*range(21), 255])]
-    if wrong.size:
-        raise ValueError(f"{path} holds class {wrong[0]}, expected 0 to 20 or 255")
-    return label.astype(np.uint8)
+    return read_class_map(path, [*range(21), 255])
 
 
 def read_mask(path: Path) -> np.ndarray:
@@ -413,65 +340,31 @@ def read_pascal_normals(path: Path, context: Path) -> np.ndarray:
     """
     normals = read_normals(path)
     with reading(context, "an annotation of PASCAL-Context"):
-        label = np.asarray(read_mat(context, "LabelMap"))
-        if label.shape != normals.shape[:2]:
-            raise ValueError(f"its LabelMap has shape {label.shape}, expected {normals.shape[:2]} "
-                             f"as in {path}")
-    known = np.isin(label, NYU_CLASSES)
-    return normals * known[..., None].astype(np.uint8)
+        known = np.isin(read_mat(context, "LabelMap"), NYU_CLASSES)
+        return normals * known[..., None]
 
 
 def read_parts(path: Path) -> np.ndarray | None:
     """PASCAL-Part's .mat file -> (H, W) uint8, 0 for the background and 1 to 6 for body parts.
 
-    Returns None if no body part is labelled, as in an image without people. Parsing is ten times
-    slower than reading an image, so the result is kept as a .png in the dataset's folder. The
-    .png's name holds a checksum of the .mat file, so that a changed file is parsed again.
+    Returns None if no body part is labelled, as in an image without people.
     """
-    checksum = zlib.crc32(path.read_bytes())
-    png = path.parents[1] / "parsed_human_parts" / f"{path.stem}-{checksum:08x}.png"
-    if png.is_file():
-        parts = read_image(png, mode=None)
-    else:
-        with reading(path, "an annotation of PASCAL-Part"):
-            parts = parse_parts(read_mat(path, "anno"))
-        keep(parts, png)
-    return parts if parts.any() else None
-
-
-def parse_parts(annotation: dict) -> np.ndarray:
-    """The masks of all parts of all people as one label (H, W), or (1, 1) if there are none."""
-    label = np.zeros((1, 1), np.uint8)
-    for figure in as_list(annotation["objects"]):
-        if figure["class"] != "person":
-            continue
-        for part in as_list(figure["parts"]):
-            mask = np.asarray(part["mask"]) > 0
-            height, width = mask.shape
-            if label.shape == (1, 1):
-                label = np.zeros((height, width), np.uint8)
-            label[mask] = PARTS[part["part_name"]]
-    return label
+    parts = None
+    with reading(path, "an annotation of PASCAL-Part"):
+        for figure in as_list(read_mat(path, "anno")["objects"]):
+            if figure["class"] != "person":
+                continue
+            for part in as_list(figure["parts"]):
+                mask = np.asarray(part["mask"]) > 0
+                if parts is None:
+                    parts = np.zeros(mask.shape, np.uint8)
+                parts[mask] = PARTS[part["part_name"]]
+    return parts if parts is not None and parts.any() else None
 
 
 def as_list(value: dict | np.ndarray | list) -> list:
     """A list of structs. (scipy simplifies an array that holds one struct to the struct itself.)"""
     return [value] if isinstance(value, dict) else list(value)
-
-
-def keep(label: np.ndarray, path: Path) -> None:
-    """Write a label to a .png, if the dataset's folder can be written to.
-
-    Several processes may do this at once, so each writes a separate file and then renames it.
-    """
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(exist_ok=True)
-        Image.fromarray(label).save(temporary, "png")
-        temporary.replace(path)
-    except OSError:
-        if temporary.exists():      # for example, if the disk is full
-            temporary.unlink()
 
 
 # --- the datasets ---------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ respect to all backbone weights. If g and g' are the gradients of two tasks on e
     sim(t, t') = 1/N * sum over the examples i of S(g, g')                             (eq. 1, 3)
 
 A mean over examples has a standard error, and differences smaller than this error may well be
-noise. `task_similarity` returns means, standard errors, example counts and each example's values.
+noise. `task_similarity` returns means, standard errors and each example's values.
 
     fresh_decoders(model, seed)
     finetune_decoders(model, tasks, examples, batches, lr)
@@ -24,7 +24,7 @@ Your own model and tasks only need to provide:
 
 Shapes: B batch, N examples, T tasks, P backbone parameters, H W pixels, h w c height, width and
 channels of a map.
-References: arXiv 2509.19602, sections 3.1 and 4.4; Task2Vec, arXiv 1902.03545, section 3.3.
+Reference: arXiv 2509.19602, sections 3.1 and 4.4.
 """
 
 import math
@@ -40,41 +40,24 @@ from torch import Tensor, nn
 
 
 # --- eq. 2 ----------------------------------------------------------------------------------------
-def gradient_similarity(g: Tensor, g_other: Tensor, normalize: str = "none") -> Tensor:
+def gradient_similarity(g: Tensor, g_other: Tensor) -> Tensor:
     """Cosine of two tasks' flattened gradients (P,) on the shared backbone: eq. 2.
 
-    Eq. 2 divides both gradients by the sum of their norms first. A cosine does not notice, so
-    normalize="none" skips that step. "elementwise" is the normalisation of Task2Vec, which the
-    paper cites for eq. 2: each entry is divided by the sum of its absolute values in the two
-    gradients. Then only the ratio of a weight's two gradients matters, not their size.
-
-    The similarity is 0 if one of the gradients is 0. Raises ValueError if `normalize` is neither
-    "none" nor "elementwise".
+    Eq. 2 divides both gradients by the sum of their norms first. A cosine does not notice. The
+    similarity is 0 if one of the gradients is 0. Raises ValueError if the shapes differ.
     """
-    if normalize == "elementwise":
-        g, g_other = without_rounding(g), without_rounding(g_other)
-        scale = g.abs() + g_other.abs()
-        scale = torch.where(scale > 0, scale, 1)        # where both are 0, both stay 0
-        g, g_other = g / scale, g_other / scale
-    elif normalize != "none":
-        raise ValueError(f"normalize: expected none or elementwise, got {normalize!r}")
-    # F.cosine_similarity would do, but on a CPU its norms are off by 0.1 % for 27 million float32
-    # entries. torch.sum adds pairwise, which is accurate.
+    if g.shape != g_other.shape:
+        raise ValueError(f"gradient_similarity: the gradients have the shapes {tuple(g.shape)} and "
+                         f"{tuple(g_other.shape)}; expected equal shapes")
+    precision = torch.promote_types(g.dtype, torch.float32)     # squares overflow in float16
+    g = g.to(precision)
+    g_other = g_other.to(precision)
+    # Pitfall: on a CPU, F.cosine_similarity is off by 0.15 % for 27 million float32 entries.
+    # torch.sum adds pairwise, which is accurate.
     dot = (g * g_other).sum()
     norm = g.square().sum().sqrt()
     norm_other = g_other.square().sum().sqrt()
     return dot / (norm * norm_other).clamp(min=1e-30)
-
-
-def without_rounding(g: Tensor) -> Tensor:
-    """`g` with its tiny entries set to 0: |entry| < machine epsilon * largest |entry|.
-
-    Trap: softmax ignores the bias of the keys, so the true gradient of this bias is 0, and the
-    computed one is only rounding error. With "elementwise", such an error would count as much as
-    any other entry.
-    """
-    limit = torch.finfo(g.dtype).eps * g.abs().max()
-    return torch.where(g.abs() < limit, 0, g)
 
 
 # --- decoders -------------------------------------------------------------------------------------
@@ -116,7 +99,7 @@ def backbone_maps(backbone: nn.Module, examples: Iterable[tuple[Tensor, dict[str
     for image, labels in examples:
         with torch.autocast(image.device.type, amp, enabled=amp is not None):
             maps = backbone(image)
-        maps_of_batches.append([x.to(amp or x.dtype) for x in maps])
+        maps_of_batches.append(maps)
         labels_of_batches.append(labels)
     maps = [torch.cat(parts) for parts in zip(*maps_of_batches)]
     labels = {}
@@ -138,7 +121,7 @@ def finetune_decoders(model: nn.Module, tasks: Sequence,
         examples: pairs of images (B, 3, H, W) and labels by task; read once.
         batches: for each step, the indices of its examples, counted in the order of `examples`.
         lr: learning rate of the first step; it falls linearly towards 0.
-        amp: data type for autocast and for the stored maps; None for float32.
+        amp: data type for autocast; None for float32.
         steps: number of batches, needed if `batches` has no length.
     """
     if steps is None:
@@ -169,23 +152,15 @@ def finetune_decoders(model: nn.Module, tasks: Sequence,
 
 # --- eq. 3 ----------------------------------------------------------------------------------------
 class Similarity(NamedTuple):
-    """Similarities of all pairs of T tasks; all four arrays are symmetric in the tasks."""
+    """Similarities of all pairs of T tasks; all three arrays are symmetric in the tasks."""
 
     mean: np.ndarray        # (T, T), eq. 3; ones on the diagonal
     error: np.ndarray       # (T, T), standard error of the mean; NaN for a single example
-    count: np.ndarray       # (T, T), number of examples that are labelled for both tasks
     samples: np.ndarray     # (N, T, T), eq. 2 of each example; NaN where a label is missing
-
-    def as_json(self) -> dict[str, list]:
-        """Means, counts and standard errors as lists; an unknown standard error is None."""
-        error = np.where(np.isnan(self.error), None, self.error)
-        return {"similarity": self.mean.tolist(), "count": self.count.tolist(),
-                "standard_error": error.tolist()}
 
 
 def task_similarity(model: nn.Module, tasks: Sequence,
-                    examples: Iterable[tuple[Tensor, dict[str, Tensor]]],
-                    normalize: str = "none") -> Similarity:
+                    examples: Iterable[tuple[Tensor, dict[str, Tensor]]]) -> Similarity:
     """Similarity of each pair of tasks. `examples` yields (image (1, 3, H, W), labels by task).
 
     Dropout and drop path are off, and BatchNorm uses its running statistics, so an example's
@@ -207,7 +182,7 @@ def task_similarity(model: nn.Module, tasks: Sequence,
             for t in gradients:
                 sample[t, t] = 1
             for t, u in combinations(gradients, 2):
-                value = gradient_similarity(gradients[t], gradients[u], normalize).item()
+                value = gradient_similarity(gradients[t], gradients[u]).item()
                 if not math.isfinite(value):
                     raise ValueError(f"similarity: the gradient of {tasks[t].name} or "
                                      f"{tasks[u].name} is not finite; lower the learning rate of "
@@ -238,38 +213,32 @@ def task_gradients(model: nn.Module, tasks: Sequence, image: Tensor,
 
 
 def summary(samples: np.ndarray, tasks: Sequence) -> Similarity:
-    """For each pair of tasks, the mean of the examples' values, its standard error and their count.
+    """For each pair of tasks, the mean of the examples' values and its standard error.
 
     samples: (N, T, T), NaN = no value. Raises ValueError if no example has a value for a pair.
     """
-    count = (~np.isnan(samples)).sum(0)
+    count = (~np.isnan(samples)).sum(0)                         # (T, T)
     for t, u in np.argwhere(count == 0):
         raise ValueError(f"similarity: no example has valid labels for both {tasks[t].name} and "
                          f"{tasks[u].name}; use more examples (--sim-images)")
-    mean = np.nansum(samples, 0) / count                        # eq. 3
+    mean = np.nanmean(samples, 0)                               # eq. 3
     squares = np.nansum((samples - mean) ** 2, 0)
-    with np.errstate(invalid="ignore"):                         # 0 / 0 for a single example
-        error = np.sqrt(squares / (count - 1) / count)
-    return Similarity(mean, error, count, samples)
+    freedom = np.where(count > 1, count - 1, np.nan)            # one example has no error
+    error = np.sqrt(squares / freedom / count)
+    return Similarity(mean, error, samples)
 
 
 def format_similarity(similarity: Similarity, names: Sequence[str]) -> str:
-    """A table of mean +- standard error, and a table of the example counts if these differ."""
-    T = len(names)
+    """A table of mean +- standard error."""
     rows = [["", *names]]
-    for t in range(T):
+    for t, name in enumerate(names):
         cells = []
-        for m, e in zip(similarity.mean[t], similarity.error[t]):
-            cells.append(f"{m:.4f}" if np.isnan(e) else f"{m:.4f} +- {e:.4f}")
+        for mean, error in zip(similarity.mean[t], similarity.error[t]):
+            cells.append(f"{mean:.4f} +- {error:.4f}")
         cells[t] = "1"
-        rows.append([names[t], *cells])
-    pairs = similarity.count[~np.eye(T, dtype=bool)]
-    if len(set(pairs)) > 1:
-        rows.append(["examples", *names])
-        for t in range(T):
-            rows.append([names[t], *map(str, similarity.count[t])])
-    margin = max(len(row[0]) for row in rows)
-    width = max(len(cell) for row in rows for cell in row[1:]) + 2
+        rows.append([name, *cells])
+    margin = max(len(name) for name in names)
+    width = 2 + max(len(cell) for row in rows for cell in row)
     lines = []
     for name, *cells in rows:
         lines.append(name.ljust(margin) + "".join(cell.rjust(width) for cell in cells))

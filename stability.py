@@ -18,12 +18,12 @@ N is the number of examples, T the number of tasks. A tree is a list with one pa
 Reference: Efron, Bootstrap Methods: Another Look at the Jackknife, 1979.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from grouping import Partition, best_partition, build_tree
+from grouping import Partition, build_tree
 
 DECIDED = 0.995         # share of the resamples that must agree
 MIN_EXAMPLES = 10       # for each pair of tasks; with fewer, resamples may agree by chance
@@ -43,9 +43,8 @@ class Choice(NamedTuple):
         return f"not decided ({100 * self.agreement:.1f} % of resamples agree)"
 
 
-def stability(tree: Sequence[Partition], samples: np.ndarray, resamples: int = 400,
-              search: Callable[[np.ndarray, int], Partition] = best_partition,
-              ) -> list[Choice | None]:
+def stability(tree: Sequence[Partition], samples: np.ndarray,
+              resamples: int = 400) -> list[Choice | None]:
     """One Choice for each stage of the tree, or None for a stage that had no choice.
 
     A stage has no choice if it has one group, or as many groups as the next stage (for the last
@@ -56,7 +55,6 @@ def stability(tree: Sequence[Partition], samples: np.ndarray, resamples: int = 4
         tree: the tree that `build_tree` gives for the mean of `samples`.
         samples: (N, T, T), the similarities of each example; NaN where a label is missing.
         resamples: number of resamples. For five tasks, each takes about a millisecond.
-        search: the `search` that `build_tree` used to make `tree`.
     """
     N = len(samples)
     groups = [len(partition) for partition in tree]
@@ -72,17 +70,16 @@ def stability(tree: Sequence[Partition], samples: np.ndarray, resamples: int = 4
         drawn_mean = np.nansum(drawn, 0) / np.maximum(drawn_count, 1)
         # A pair of tasks without an example in this resample keeps its mean over all examples.
         drawn_mean = np.where(drawn_count > 0, drawn_mean, mean)
-        for i, partition in enumerate(build_tree(drawn_mean, groups, search)):
+        for i, partition in enumerate(build_tree(drawn_mean, groups)):
             if partition == tree[i]:
                 agreeing[i] += 1
 
+    available = [*groups[1:], len(mean)]    # groups that a stage can merge; in the last one, tasks
     choices = []
-    available = len(mean)               # groups that stage i may merge; in the last stage, tasks
-    for i in reversed(range(len(tree))):
+    for num_groups, at_most, agree in zip(groups, available, agreeing):
         choice = None
-        if 1 < groups[i] < available:
-            agreement = agreeing[i] / resamples
+        if 1 < num_groups < at_most:
+            agreement = agree / resamples
             choice = Choice(bool(enough and agreement >= DECIDED), agreement)
-        choices.insert(0, choice)
-        available = groups[i]
+        choices.append(choice)
     return choices

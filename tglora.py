@@ -17,7 +17,6 @@ Shapes: B batch, G groups, r rank, k inputs, d outputs, N rows per group (all to
 References: arXiv 2509.19602, section 3.2; LoRA, arXiv 2106.09685.
 """
 
-import math
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -33,21 +32,15 @@ class TGLoRALinear(nn.Module):
 
     `weight` and `bias` keep their names, so checkpoints of the original model still load with
     strict=False. All new parameters are called `lora_*`. `scale` is gamma of eq. 4, a constant in
-    the paper's recipe. Raises ValueError if `ranks` is empty or contains a rank below 1, or for a
-    lazy layer that has no weight yet.
-    """
+    the paper's recipe.
 
-    least_rank = 1  # extras.mtlora allows 0, which means no adapter
+    The adapters are at least float32, even if the layer is bfloat16: there, most of an optimizer's
+    small steps would be rounded away. Their products are computed in the layer's type, like W x.
+    """
 
     def __init__(self, linear: nn.Linear, ranks: Sequence[int], scale: float = 4.0,
                  dropout: float = 0.05):
         super().__init__()
-        if not ranks or min(ranks) < self.least_rank:
-            raise ValueError("TGLoRALinear: every group needs a rank of at least "
-                             f"{self.least_rank}, got {tuple(ranks)}")
-        if isinstance(linear.weight, nn.parameter.UninitializedParameter):
-            raise ValueError("TGLoRALinear: a lazy linear layer has no weight yet; run the model "
-                             "once before you adapt it")
         d, k = linear.weight.shape
         self.in_features = k
         self.out_features = d
@@ -63,13 +56,13 @@ class TGLoRALinear(nn.Module):
         if self.bias is not None:
             self.bias.requires_grad_(False)
 
+        precision = torch.promote_types(self.weight.dtype, torch.float32)
+        bound = k ** -0.5  # A starts as the weight of nn.Linear(k, r) does
         self.lora_A = nn.ParameterList()
         self.lora_B = nn.ParameterList()
         for r in ranks:
-            A = self.weight.new_empty(r, k)
-            B = self.weight.new_zeros(d, r)  # zero: training starts from the frozen layer
-            if r > 0:
-                nn.init.kaiming_uniform_(A, a=5 ** 0.5)  # as in nn.Linear and in LoRA
+            A = self.weight.new_empty(r, k, dtype=precision).uniform_(-bound, bound)
+            B = self.weight.new_zeros(d, r, dtype=precision)  # so training starts from W x + b
             self.lora_A.append(nn.Parameter(A))
             self.lora_B.append(nn.Parameter(B))
         self.train(linear.training)
@@ -78,38 +71,28 @@ class TGLoRALinear(nn.Module):
         """Eq. 4: x (G*B, ..., k), group after group -> (G*B, ..., d)."""
         self.called = True
         G = len(self.ranks)
-        if x.shape[0] % G:
-            raise ValueError(f"TGLoRALinear: a batch of {x.shape[0]} cannot be split into {G} "
-                             "groups of equal size")
+        grouped_x = x.unflatten(0, (G, -1))                           # (G, B, ..., k)
         if self.merged:
-            return self.forward_merged(x)
+            y = [F.linear(x_g, W_g, self.bias) for x_g, W_g in zip(grouped_x, self.weight)]
+            return torch.cat(y)                                       # (G*B, ..., d)
         y = F.linear(x, self.weight, self.bias)                       # W x, for all groups at once
-        flat_x = self.drop(x).reshape(G, -1, self.in_features)        # (G, N, k)
+        # Dropout acts on the adapters' input. W x is computed without dropout.
+        dropped_x = F.dropout(grouped_x, self.dropout, self.training)
+        flat_x = dropped_x.flatten(1, -2)                             # (G, N, k)
         flat_y = y.view(G, -1, self.out_features)                     # (G, N, d)
         return self.add_low_rank(flat_y, flat_x).view(y.shape)
 
-    def forward_merged(self, x: Tensor) -> Tensor:
-        """`forward` after `merge`, when each group has its own weight: y_g = W_g x_g + bias."""
-        x = x.unflatten(0, (len(self.ranks), -1))                     # (G, B, ..., k)
-        y = [F.linear(x_g, W_g, self.bias) for x_g, W_g in zip(x, self.weight)]
-        return torch.cat(y)                                           # (G*B, ..., d)
+    def add_low_rank(self, y: Tensor, x: Tensor) -> Tensor:
+        """Add the adapters' outputs: y_g + gamma B_g A_g x_g. y (G, N, d), x (G, N, k).
 
-    def drop(self, x: Tensor) -> Tensor:
-        """Dropout on the adapters' input. The frozen product W x is computed without dropout."""
-        return F.dropout(x, self.dropout, self.training)
-
-    def add_low_rank(self, y: Tensor, x: Tensor, groups: slice = slice(None)) -> Tensor:
-        """Add the adapters' outputs, for all groups or a slice: y_g + gamma B_g A_g x_g (eq. 4).
-
-        y (G, N, d), or (1, N, d) if all groups start from the same y; x (G, N, k) -> (G, N, d).
-        With a slice, G is the number of groups in it. Each of the two products is computed for all
-        G groups at once: smaller ranks are padded with zeros.
+        Each of the two products is computed for all groups at once. For this, smaller ranks are
+        padded with zeros.
         """
-        A = list(self.lora_A)[groups]
-        B_transposed = [B.T for B in list(self.lora_B)[groups]]
-        A = pad_sequence(A, batch_first=True)                         # (G, r, k)
+        B_transposed = [B.T for B in self.lora_B]
+        A = pad_sequence(list(self.lora_A), batch_first=True)         # (G, r, k)
         B_transposed = pad_sequence(B_transposed, batch_first=True)   # (G, r, d)
-        return torch.baddbmm(y, x @ A.mT, B_transposed, alpha=self.scale)
+        low_rank_x = x @ A.mT.to(x.dtype)                             # (G, N, r)
+        return torch.baddbmm(y, low_rank_x, B_transposed.to(x.dtype), alpha=self.scale)
 
     def macs(self, rows: int) -> tuple[int, int]:
         """Multiply-accumulates for `rows` rows per group: (frozen layer, adapters)."""
@@ -125,43 +108,36 @@ class TGLoRALinear(nn.Module):
         """Give each group its own weight, with its adapter folded in: W_g = W + gamma B_g A_g.
 
         `weight` becomes (G, d, k), and the adapters are removed, so inference needs no extra
-        products. The weights are computed in float32. Merging cannot be undone; a second call
-        raises ValueError.
+        products. The weights are computed in at least float32, even inside autocast. Merging cannot
+        be undone or repeated.
         """
-        if self.merged:
-            raise ValueError("TGLoRALinear: this layer is already merged; merge it only once")
-        W = self.weight.float()
+        precision = torch.promote_types(self.weight.dtype, torch.float32)
+        W = self.weight.to(precision)
         merged = []
-        for A, B in zip(self.lora_A, self.lora_B):
-            W_g = W + self.scale * B.float() @ A.float()
-            merged.append(W_g.to(self.weight.dtype))
+        with torch.autocast(W.device.type, enabled=False):
+            for A, B in zip(self.lora_A, self.lora_B):
+                W_g = W + self.scale * B.to(precision) @ A.to(precision)
+                merged.append(W_g.to(self.weight.dtype))
         self.weight = nn.Parameter(torch.stack(merged), requires_grad=False)
         del self.lora_A, self.lora_B
         self.merged = True
-
-    def extra_repr(self) -> str:
-        return (f"{self.in_features} -> {self.out_features}, ranks={self.ranks}, "
-                f"scale={self.scale}, merged={self.merged}")
 
 
 def split_rank(rank: int, group_sizes: Sequence[int]) -> tuple[int, ...]:
     """Divide a combined rank among groups in proportion to their numbers of tasks (section 4.3).
 
-    The result sums to `rank` exactly, and every group gets at least 1. The shares are rounded down,
-    and the remainder goes to the groups furthest below their share. Raises ValueError if `rank` is
-    smaller than the number of groups.
+    The result sums to `rank` exactly. Every group starts with 1, and the rest is given out one by
+    one, each time to the group furthest below its share. Raises ValueError if `rank` is smaller
+    than the number of groups.
     """
     if rank < len(group_sizes):
         raise ValueError(f"rank {rank} is smaller than the number of task groups, "
                          f"{len(group_sizes)}; every group needs a rank of at least 1")
     shares = [rank * size / sum(group_sizes) for size in group_sizes]
-    ranks = [max(1, int(share)) for share in shares]
+    ranks = [1] * len(group_sizes)
     while sum(ranks) < rank:
         missing = [share - r for share, r in zip(shares, ranks)]
         ranks[missing.index(max(missing))] += 1
-    while sum(ranks) > rank:  # small groups were raised to 1: take the excess from larger ones
-        excess = [r - share if r > 1 else -math.inf for share, r in zip(shares, ranks)]
-        ranks[excess.index(max(excess))] -= 1
     return tuple(ranks)
 
 
@@ -173,26 +149,37 @@ def add_adapters(module: nn.Module, names: Sequence[str], ranks: Sequence[int],
     ("mlp.0", "mlp.3") in torchvision's ViT. ranks: one per group. A layer that appears under two
     such paths is wrapped once, so both paths share its adapters.
 
-    Raises ValueError if one of `names` matches no linear layer. Some modules read the weights of
-    their linear layers without calling the layers, so an adapter would silently do nothing. The
-    attention of torchvision's Swin and nn.MultiheadAttention always do this, and
+    Raises ValueError if `names` is a string or empty, if one of them matches no linear layer, or if
+    a layer does more than W x + b, because the rest would be lost: it must be an nn.Linear itself,
+    not of a subclass, with a Parameter as its weight and without hooks.
+
+    Some modules read the weights of their linear layers without calling the layers, so an adapter
+    would silently do nothing. The attention of torchvision's Swin always does this, and
     nn.TransformerEncoderLayer may do it in eval mode, unless you call
     torch.backends.mha.set_fastpath_enabled(False). Therefore, each forward pass of `module` checks
-    that all adapted layers were called, and raises ValueError if not (except under torch.compile
-    and torch.export). If your model skips whole blocks at random, call add_adapters once per block
-    instead.
+    that all adapted layers were called, and raises ValueError if not. If your model skips whole
+    blocks at random, call add_adapters once per block instead.
     """
+    refuse_string(names)
+    if not names:
+        raise ValueError("add_adapters: `names` is empty, so no layer would be adapted")
     linears = {}
     for path, child in module.named_modules(remove_duplicate=False):
         if isinstance(child, nn.Linear):
             linears[path] = child
+    paths = []
     for name in names:
-        if not any(f".{path}".endswith(f".{name}") for path in linears):
+        matching = [path for path in linears if f".{path}".endswith(f".{name}")]
+        if not matching:
             raise ValueError(f"add_adapters: no linear layer's path ends in {name!r}; the linear "
                              f"layers are: {', '.join(linears) or 'none'}")
+        paths += matching
+    for path in paths:
+        if not is_plain(linears[path]):
+            raise ValueError(f"add_adapters: {path} is not a plain nn.Linear (it is a subclass, or "
+                             "it has hooks, or its weight is not a Parameter), and everything but "
+                             "W x + b would be lost; adapt other layers, or make this one plain")
 
-    endings = tuple(f".{name}" for name in names)
-    paths = [path for path in linears if f".{path}".endswith(endings)]
     adapted = {}
     for path in paths:
         linear = linears[path]
@@ -200,26 +187,39 @@ def add_adapters(module: nn.Module, names: Sequence[str], ranks: Sequence[int],
             adapted[linear] = TGLoRALinear(linear, ranks, scale, dropout)
         parent, _, leaf = path.rpartition(".")
         setattr(module.get_submodule(parent), leaf, adapted[linear])
-    module.register_forward_hook(partial(check_called, paths))
+    layers = {path: adapted[linears[path]] for path in paths}
+    module.register_forward_pre_hook(partial(forget_calls, layers))
+    module.register_forward_hook(partial(check_called, layers))
 
 
-def check_called(paths: Sequence[str], module: nn.Module, inputs: Any, output: Any) -> None:
-    """Forward hook of `add_adapters`: checks that every adapted layer in `paths` was called.
+def refuse_string(names: Sequence[str]) -> None:
+    """Raise ValueError for a string, because its letters would be taken for names."""
+    if isinstance(names, str):
+        raise ValueError(f"expected a list of names, got the string {names!r}; write [{names!r}]")
 
-    The check runs after every forward pass, not only the first, because torch's encoder layer may
-    call its linear layers in train mode but not in eval mode. The hook stores paths, not layers, so
-    it also works for a copy of the module. Raises ValueError if a layer was not called.
+
+def is_plain(linear: nn.Linear) -> bool:
+    """Whether the layer computes W x + b and does nothing else."""
+    has_hooks = any(value for name, value in vars(linear).items() if name.endswith("_hooks"))
+    return type(linear) is nn.Linear and isinstance(linear.weight, nn.Parameter) and not has_hooks
+
+
+def forget_calls(layers: dict[str, TGLoRALinear], module: nn.Module, inputs: Any) -> None:
+    """Hook before each forward pass. torch.utils.checkpoint calls layers during a backward pass."""
+    for layer in layers.values():
+        layer.called = False
+
+
+def check_called(layers: dict[str, TGLoRALinear], module: nn.Module, inputs: Any,
+                 output: Any) -> None:
+    """Hook after each forward pass: raises ValueError if an adapted layer was not called.
+
+    One check is not enough, because torch's encoder layer may call its linear layers in train mode
+    but not in eval mode.
     """
-    if torch.compiler.is_compiling():  # also true under torch.export
-        return
-    idle = []
-    for path, layer in module.named_modules():
-        if path in paths and isinstance(layer, TGLoRALinear):
-            if not layer.called:
-                idle.append(path)
-            layer.called = False
+    idle = [path for path, layer in layers.items() if not layer.called]
     if idle:
-        raise ValueError(f"add_adapters: {len(idle)} of {len(paths)} adapted layers were not "
+        raise ValueError(f"add_adapters: {len(idle)} of {len(layers)} adapted layers were not "
                          f"called in the forward pass, for example {idle[0]}: the model may "
                          "read their weights directly, which ignores the adapters; adapt other "
                          "layers, or call torch.backends.mha.set_fastpath_enabled(False) if the "
@@ -248,10 +248,31 @@ def run_stages(stages: Iterable[nn.Module], x: Tensor, parents: Sequence[Sequenc
 
 
 def freeze(backbone: nn.Module, others: Sequence[str] = ()) -> None:
-    """Freeze all parameters except the adapters and those whose names contain one of `others`."""
+    """Freeze all parameters except the adapters and those whose names contain one of `others`.
+
+    Raises ValueError as `parameters_with` does.
+    """
+    trained = parameters_with(backbone, others)
     for name, p in backbone.named_parameters():
-        is_other = any(part in name for part in others)
-        p.requires_grad_("lora_" in name or is_other)
+        p.requires_grad_("lora_" in name)
+    for p in trained:
+        p.requires_grad_(True)
+
+
+def parameters_with(module: nn.Module, parts: Sequence[str]) -> list[nn.Parameter]:
+    """The parameters whose names contain one of `parts`.
+
+    Raises ValueError if `parts` is a string, or if no parameter's name contains one of them.
+    """
+    refuse_string(parts)
+    parameters = []
+    for part in parts:
+        matching = [p for name, p in module.named_parameters() if part in name]
+        if not matching:
+            raise ValueError(f"no parameter of the {type(module).__name__} has {part!r} in its "
+                             "name")
+        parameters += matching
+    return parameters
 
 
 def merge(model: nn.Module) -> nn.Module:

@@ -10,13 +10,10 @@ that are in both splits, and tasks without any valid pixel in a split. An image 
 task is not a fault, because the task's loss ignores it. The number of such images is printed for
 each task, with the names of the first six.
 
-If an image cannot be read, its labels are not read either, so repair the image and check again. The
-name of each file is shown on stderr before the file is read. If a damaged MATLAB file makes Python
-crash, the last line on stderr names that file.
+If an image cannot be read, its labels are not read either, so repair the image and check again.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +21,7 @@ import torch
 
 from nyud_pascal import LAYOUTS, SEMSEG, Files, find_dataset
 from tasks import make_tasks
-from util import one_line_errors
+from util import one_line_errors, progress
 
 
 class Summary:
@@ -83,11 +80,6 @@ def shortened(ids: list[str]) -> str:
     return ", ".join(ids[:6]) + (" ..." if len(ids) > 6 else "")
 
 
-def show(text: str) -> None:
-    """Replace the text shown on stderr. The flush makes sure that a crash cannot swallow it."""
-    print(f"\r{text:<79}", end="", file=sys.stderr, flush=True)
-
-
 def check_split(name: str, root: Path, split: str) -> tuple[list[str], str, list[str]]:
     """Read the images and labels of one split.
 
@@ -98,25 +90,20 @@ def check_split(name: str, root: Path, split: str) -> tuple[list[str], str, list
     dataset = Files(name, root, split, known, complete=False)
     summaries = {task.name: Summary(task) for task in tasks}
     faults, sizes = [], []
-    for i, id in enumerate(dataset.ids, 1):
-        size = None
-        for task in ("image", *known):
-            if task != "image" and size is None:
-                break                       # a label is checked against the image's size
+    for id in progress(dataset.ids, f"{split} images"):
+        try:
+            size = dataset.read("image", id).shape[:2]
+        except ValueError as error:
+            faults.append(str(error))
+            continue                        # a label is checked against the image's size
+        sizes.append(size)
+        for task in known:
             try:
-                for path in dataset.paths(task, id):
-                    file = path.relative_to(root)
-                    show(f"{split} {i}/{len(dataset)}, {len(faults)} faults: reading {file}")
-                value = dataset.read(task, id, size)
+                label = dataset.read(task, id, size)
             except ValueError as error:
                 faults.append(str(error))
                 continue
-            if task == "image":
-                size = value.shape[:2]
-                sizes.append(size)
-            else:
-                summaries[task].add(value, id)
-    print(f"\r{'':79}\r", end="", file=sys.stderr, flush=True)
+            summaries[task].add(label, id)
     for task, summary in summaries.items():
         if not summary.valid:
             faults.append(f"{name} {split}: {task} has no valid pixel in any image")

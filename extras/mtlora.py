@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tglora import TGLoRALinear, add_adapters, freeze
+from tglora import TGLoRALinear, add_adapters, freeze, parameters_with
 
 # In a stage's last block, every task has its own adapter in these linear layers.
 TASK_SPECIFIC = ("attn.proj", "mlp.fc1", "mlp.fc2")
@@ -41,10 +41,8 @@ TASK_SPECIFIC = ("attn.proj", "mlp.fc1", "mlp.fc2")
 class SharedProductLinear(TGLoRALinear):
     """A linear layer whose 1 + T adapters share one frozen product, that of group 0.
 
-    A rank of 0 leaves a group without an adapter.
+    The adapters of the T tasks all have the same rank. A rank of 0 means no adapter.
     """
-
-    least_rank = 0
 
     def forward(self, x: Tensor) -> Tensor:
         """x (G*B, ..., k), the shared group first -> (G*B, ..., d)."""
@@ -52,7 +50,8 @@ class SharedProductLinear(TGLoRALinear):
         x = x.unflatten(0, (G, -1))
         shared, tasks = x[0], x[1:]                 # (B, ..., k) and (T, B, ..., k)
         # As in the published code, only the shared adapter's input gets dropout in this layer.
-        return self.outputs(shared, self.drop(shared), tasks)
+        dropped = F.dropout(shared, self.dropout, self.training)
+        return self.outputs(shared, dropped, tasks)
 
     def outputs(self, shared: Tensor, dropped: Tensor, tasks: Tensor) -> Tensor:
         """Compute eq. 2: shared, dropped (B, ..., k); tasks (T, B, ..., k) -> (G*B, ..., d).
@@ -60,16 +59,17 @@ class SharedProductLinear(TGLoRALinear):
         shared: x_0. dropped: x_0 after dropout, the input of the shared adapter. tasks: all x_t,
         the inputs of the tasks' adapters.
         """
-        T = len(self.ranks) - 1
-        d, k = self.weight.shape
+        A = [p.to(shared.dtype) for p in self.lora_A]
+        B = [p.to(shared.dtype) for p in self.lora_B]
         product = F.linear(shared, self.weight, self.bias)      # W x_0 + b, (B, ..., d)
-        flat = product.view(1, -1, d)                           # (1, N, d)
-        dropped = dropped.reshape(1, -1, k)
-        tasks = tasks.reshape(T, -1, k)
-        y_0 = self.add_low_rank(flat, dropped, slice(0, 1))
-        y_t = self.add_low_rank(flat.expand(T, -1, -1), tasks, slice(1, None))
-        y = torch.cat([y_0, y_t])                               # (G, N, d)
-        return y.view(-1, *product.shape[1:])
+        y_0 = product + self.scale * dropped @ A[0].T @ B[0].T
+
+        A_tasks = torch.stack(A[1:])                            # (T, r, k)
+        B_tasks = torch.stack(B[1:])                            # (T, d, r)
+        flat = tasks.flatten(1, -2)                             # (T, N, k)
+        low_rank = flat @ A_tasks.mT @ B_tasks.mT               # (T, N, d)
+        y_tasks = product + self.scale * low_rank.view(-1, *product.shape)  # (T, B, ..., d)
+        return torch.cat([y_0, y_tasks.flatten(0, 1)])
 
     def merge(self) -> None:
         """Do nothing: with adapters folded into W, each group would need its own product."""
@@ -92,7 +92,7 @@ class BranchingLinear(SharedProductLinear):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, ..., k) -> (G*B, ..., d)."""
         T = len(self.ranks) - 1
-        dropped = self.drop(x)
+        dropped = F.dropout(x, self.dropout, self.training)
         return self.outputs(x, dropped, dropped.expand(T, *dropped.shape))
 
 
@@ -143,8 +143,8 @@ def adapt(backbone: nn.Module, names: Sequence[str], num_tasks: int, rank: int,
     without: for the ablation of table 2, entries of `names` that get no adapter after all.
     frozen: for the ablation of table 3, substrings of weight names. A weight of the backbone whose
         name contains one of them is not trained.
-    Raises ValueError if an entry of `without` is not in `names`, or if no weight's name contains an
-    entry of `frozen`.
+    Raises ValueError if an entry of `without` is not in `names`, and as tglora.parameters_with does
+    for `frozen`.
     """
     for name in without:
         if name not in names:
@@ -162,20 +162,16 @@ def adapt(backbone: nn.Module, names: Sequence[str], num_tasks: int, rank: int,
     for module in backbone.modules():
         if isinstance(module, TGLoRALinear):    # OTHERS also matches adapted merging layers
             module.weight.requires_grad_(False)
-    for part in frozen:
-        matching = [p for name, p in backbone.named_parameters() if part in name]
-        if not matching:
-            raise ValueError(f"adapt: `frozen` names {part!r}, but no weight of the backbone has "
-                             "this in its name")
-        for p in matching:
-            p.requires_grad_(False)
+    for p in parameters_with(backbone, frozen):
+        p.requires_grad_(False)
 
 
 def adapt_last_block(block: nn.Module, names: Sequence[str], num_tasks: int, rank: int,
                      dropout: float, task_rank: int) -> None:
     """Give the last block of a stage its shared and task-specific adapters, in place."""
     shared_only = [name for name in names if name not in TASK_SPECIFIC]     # qkv, or PVT's q and kv
-    add_adapters(block, shared_only, (rank,), dropout=dropout)
+    if shared_only:
+        add_adapters(block, shared_only, (rank,), dropout=dropout)
     for name in TASK_SPECIFIC:
         ranks = (rank, *[task_rank] * num_tasks)
         if name not in names:

@@ -83,7 +83,8 @@ def commands(pattern):
             match = re.match(rf"\s*(?:python|torchrun .*?) (?:-m )?({pattern})(?: (.*)|$)", line)
             if match:
                 flags = match[2] or ""
-                runs.append((match[1], shlex.split(flags.replace("$", ""), comments=True)))
+                flags = flags.replace("$seed", "0").replace("$", "")
+                runs.append((match[1], shlex.split(flags, comments=True)))
     return runs
 
 

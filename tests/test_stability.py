@@ -4,7 +4,7 @@ called decided if all tasks are equally similar."""
 import numpy as np
 import pytest
 
-from grouping import best_partition, build_tree, format_tree
+from grouping import build_tree
 from stability import stability
 
 
@@ -60,29 +60,6 @@ def test_only_stages_with_a_choice_are_judged():
         assert [choice is not None for choice in choices] == [bool(x) for x in judged]
 
 
-def test_a_clear_stage_is_decided_and_a_tie_is_not():
-    """A clear stage is decided even if several partitions tie in the next stage."""
-    true = np.zeros((4, 4))
-    for pair in ((0, 1), (0, 2), (1, 2)):               # any two of 0, 1 and 2 may merge first
-        true[pair] = 0.5
-    samples = noisy(true, 60, seed=0)
-    tree = build_tree(samples.mean(0), (1, 2, 3, 4))
-    choices = stability(tree, samples)
-    assert tree[1] == [(0, 1, 2), (3,)]
-    assert choices[1] == (True, 1.0) and not choices[2].decided
-    lines = format_tree(tree, "abcd", choices).splitlines()
-    assert lines[1] == "stage 2   {a, b, c} {d}   decided (100.0 % of resamples agree)"
-    assert "   not decided (" in lines[2] and lines[3].endswith("}")
-
-
-def test_the_order_of_the_tasks_does_not_matter():
-    """Every order of the tasks gets the same draws, so a reversed order has the same agreement."""
-    samples = noisy(np.random.default_rng(0).uniform(0, 0.3, (4, 4)), 40, seed=1)
-    backwards = samples[:, ::-1, ::-1]
-    one, other = (stability(build_tree(x.mean(0), (1, 2, 3, 4)), x) for x in (samples, backwards))
-    assert one == other and 0 < one[1].agreement < 1
-
-
 def test_a_pair_that_a_resample_lacks_keeps_its_mean():
     """If no example in a resample is labelled for both tasks of a pair, the pair keeps its mean
     over all examples."""
@@ -118,19 +95,6 @@ def test_the_limit_is_99_5_percent():
         samples = noisy(true, 20, seed)
         tree = build_tree(samples.mean(0), (1, 1, 2, 3))
         assert str(stability(tree, samples, resamples=200)[2]) == words
-
-
-def test_the_search_is_used_for_every_resample():
-    """In every resample, the given `search` is called once, for the last stage's partition."""
-    calls = []
-
-    def search(sim, num_groups):
-        calls.append(num_groups)
-        return best_partition(sim, num_groups)
-    samples = noisy(np.zeros((4, 4)), 12, seed=0)
-    tree = build_tree(samples.mean(0), (1, 1, 2, 3))
-    assert stability(tree, samples, 7, search) == stability(tree, samples, resamples=7)
-    assert calls == [3] * 7
 
 
 @pytest.mark.slow

@@ -1,15 +1,8 @@
 """Tests of extras/check.py: faults of several kinds are listed, and usable datasets pass."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
-import pytest
 from PIL import Image
 
-import nyud_pascal
 from extras import check
 from nyud_pascal import find_dataset
 
@@ -77,7 +70,7 @@ def test_every_fault_is_listed(nyud_folder, capsys):
     text, error = run_check(capsys, folder)
     faults = text.splitlines()[-9:]
     expected = [
-        "segmentation/1407.png holds class 41, expected 0 (void) to 40",
+        "segmentation/1407.png: holds class 41, expected a number in range(0, 41)",
         "depth/1407.npy has shape (10, 56, 1), expected (42, 56, 1), as its image has",
         "no file normals/1407.npy or normals/1407.png in",
         "images/basement_0000.jpg is damaged, or is not an image",
@@ -90,18 +83,3 @@ def test_every_fault_is_listed(nyud_folder, capsys):
         assert message in fault
     assert error == f"{folder} is not usable; number of faults listed above: 9"
     assert "train: 3 of 4 images readable" in text
-
-
-@pytest.mark.slow
-def test_the_file_that_crashes_its_reader_is_shown(pascal_folder):
-    """If reading a file crashes Python, the last line on stderr names that file."""
-    script = ("import os, nyud_pascal\n"
-              "nyud_pascal.read_mat = lambda *_: os.abort()\n"
-              "from extras import check\n"
-              f"check.main(['--dataset', 'pascal', '--data-root', {str(pascal_folder)!r}])\n")
-    root = Path(nyud_pascal.__file__).parent
-    environment = {**os.environ, "PYTHONFAULTHANDLER": ""}      # print no traceback to stderr
-    crashed = subprocess.run([sys.executable, "-c", script], cwd=root, env=environment,
-                             capture_output=True, text=True)
-    shown = crashed.stderr.splitlines()[-1]
-    assert crashed.returncode and shown.startswith("train 1/3, 0 faults: reading human_parts/2008")

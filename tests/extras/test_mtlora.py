@@ -2,7 +2,9 @@
 equal those of its published code. test_counts.py checks the costs of whole networks."""
 
 import os
+from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from extras.mtlora import SharedProductLinear, adapt, routing
+from model import build
 from swin import build_swin
 from tglora import TGLoRALinear, merge, run_stages
 
@@ -139,6 +142,13 @@ def test_dropout_acts_as_in_the_published_code():
     assert all(torch.equal(y, expected) for y in tasks)
 
 
+def test_a_bfloat16_layer_keeps_its_type():
+    """The adapters of a bfloat16 layer are float32, and the layer's output is bfloat16."""
+    layer = SharedProductLinear(nn.Linear(16, 24).bfloat16(), ranks=(6, 4, 4, 4))
+    assert {p.dtype for p in (*layer.lora_A, *layer.lora_B)} == {torch.float32}
+    assert layer(torch.randn(8, 7, 16).bfloat16()).dtype is torch.bfloat16
+
+
 def test_drop_path_of_the_branching_block():
     """In the last stage, each group's output is the stage's input if attention and MLP are dropped.
     """
@@ -188,5 +198,19 @@ def test_names_that_do_not_occur_are_refused():
     """A name in `without` or `frozen` that matches nothing is an error, so typos are noticed."""
     with pytest.raises(ValueError, match="`without` names 'mlp.fc3'.* some of attn.qkv, attn.proj"):
         backbone(without=["mlp.fc3"])
-    with pytest.raises(ValueError, match="`frozen` names 'norm3', but no weight of the backbone"):
+    with pytest.raises(ValueError, match="no parameter of the SwinTransformer has 'norm3'"):
         backbone(frozen=["norm3"])
+
+
+def test_the_settings_of_a_run_arrive():
+    """model.build gives MTLoRA on PVT v2 the run's ranks, dropout and drop path, and its decoders'
+    channels."""
+    config = Namespace(seed=0, method="mtlora", backbone="pvt_v2_b0", weights="none",
+                       drop_path=0.3, rank=6, dropout=0.2, fused=(3, 4, 5, 6))
+    tasks = [SimpleNamespace(name=name, outputs=1) for name in "abc"]
+    model = build(config, tasks, tree=None)
+    assert [conv.out_channels for conv in model.decoders["b"].fuse] == [3, 4, 5, 6]
+    last = model.backbone.layers[3].blocks[-1]
+    assert last.drop_path.p == 0.3
+    assert last.attn.proj.dropout == last.attn.q.dropout == 0.2
+    assert last.attn.proj.ranks == (6, 4, 4, 4) and last.attn.q.ranks == (6,)
