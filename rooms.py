@@ -351,8 +351,9 @@ def render_room(seed: Sequence[int], height: int, width: int, axes: Array | None
 
     seed: integers, at least 0. They give the same room at every size, with one exception: an object
     that hides about as much of the person as HIDDEN allows may be left out at one size and not at
-    another. night: use a night camera, which changes the image but no label. zoom: multiplies the focal length. axes (3, 3): mirrors or rolls the camera. Its rows
-    are the camera's new right, down and forward directions, in the original camera's coordinates.
+    another. night: use a night camera, which changes the image but no label. zoom: multiplies the
+    focal length. axes (3, 3): mirrors or rolls the camera. Its rows are the camera's new right,
+    down and forward directions, in the original camera's coordinates.
     """
     rng = Generator(PCG64(list(seed)))
     room = rng.uniform((3.5, 4.0, 2.4), (6.0, 7.0, 3.2))
@@ -398,7 +399,8 @@ class Rooms(Dataset):
     """`length` rendered rooms of a split ("train" or "val"), with the labels of `tasks`.
 
     size: (H, W) of the images. night: whether the camera is a night camera. Room i of a seed and
-    split is the same on every machine, up to rounding. Reading a room raises ValueError if rooms have no labels for one of the tasks.
+    split is the same on every machine, up to rounding. Reading a room raises ValueError if rooms
+    have no labels for one of the tasks.
     """
 
     def __init__(self, split: str, tasks: Sequence[str], length: int, size: Sequence[int],

@@ -108,8 +108,8 @@ def spread_of_trees(gains: np.ndarray) -> Spread:
     """Two-way analysis of variance without repetition. gains: (seeds, trees), delta-m of each run.
 
     The variance of the trees' observed means contains noise, which is subtracted. The interval
-    consists of all true variances for which the trees' observed variance is not surprising. It takes
-    the noise of a run as known: it is estimated from (seeds - 1) * (trees - 1) degrees of freedom.
+    consists of all true variances for which the trees' observed variance is not surprising, with
+    the estimated noise of a run taken as known.
     """
     S, T = gains.shape
     tree_means = gains.mean(0)

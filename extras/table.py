@@ -5,8 +5,9 @@
     python -m extras.table runs/decoders runs/tglora --picture comparison.png
 
 Each path is the folder of a run, the folder of a method with one folder per run, or a folder of
-such methods. Each method gets one row, named after its folder. Runs of the same method and seed count as one run, so a
-method may consist of one single-task run per task. docs/RESULTS.md shows how to train such runs.
+such methods. Each method gets one row, named after its folder. Runs of the same method and seed
+count as one run, so a method may consist of one single-task run per task. docs/RESULTS.md shows how
+to train such runs.
 Reference: arXiv 2509.19602, eq. 7 (delta-m).
 """
 

@@ -29,7 +29,7 @@ def test_a_room_is_the_same_on_every_machine():
 
 
 def test_a_night_camera_changes_the_image_but_no_label():
-    """At night, a room has 0.35 of its brightness by day, and noise with a standard deviation of 14.
+    """At night, a room has 0.35 of its brightness by day, and noise of standard deviation 14.
 
     The noise depends on the room's seed only.
     """
