@@ -176,6 +176,16 @@ def test_a_baseline_gives_delta_m_and_must_be_of_the_same_dataset(whole, tmp_pat
         assert f"is a run on {dataset}, not on rooms" in message
 
 
+@pytest.mark.parametrize("rmse", [0, None])
+def test_a_baseline_needs_a_number_above_0_for_every_task(rmse, tmp_path):
+    """A metric that is 0 or null (NaN) in the baseline is an error that names it."""
+    path = tmp_path / "baseline.json"
+    results = {"semseg": {"mIoU": 0.5}, "depth": {"rmse": rmse}, "normals": {"mean": 20}}
+    path.write_text(json.dumps({"results": results}))
+    message = refused("--out", tmp_path / "run", "--baseline", path)
+    assert f"--baseline {path} needs depth's rmse, a number above 0" in message
+
+
 def test_the_best_epoch_is_kept_when_later_ones_are_worse(whole, tmp_path, monkeypatch):
     """If the first epoch has the higher score, best.pt and the results are those of that epoch."""
     monkeypatch.setattr(train, "validation_score", lambda result: -result["epoch"])
