@@ -253,7 +253,8 @@ for partition in sorted(two_groups, key=score, reverse=True):
 # stage to the first. In the last stage every task is alone. Algorithm 1 then merges two groups at a
 # time: the pair that gives the partition with the highest score. Tasks that are together in a stage
 # are therefore together in every earlier stage. (As printed, Algorithm 1 only accepts scores above
-# 0, so it would find nothing if all similarities were negative. `max` has no such limit.)
+# 0, so it would find nothing if all similarities were negative. `max` has no such limit. And its
+# line 6 says P where Q is meant, so a second merge would undo the first.)
 partition = [(t,) for t in range(T)]
 tree = [partition]
 while len(partition) > 1:
