@@ -239,7 +239,7 @@ def read_mat(path: Path, variable: str) -> np.ndarray | dict:
 
     Inside a struct, an array of several structs becomes a list of dicts.
     """
-    from scipy.io import loadmat        # scipy is needed only for PASCAL
+    from scipy.io import loadmat        # scipy is needed only for MATLAB files
     return loadmat(path, simplify_cells=True)[variable]
 
 
