@@ -228,6 +228,11 @@ def loader(dataset: Dataset, batches: list[list[int]], workers: int = 0) -> Data
                       pin_memory=torch.cuda.is_available())
 
 
+def single_images(dataset: Dataset, workers: int = 0) -> DataLoader:
+    """Batches of one image each, in the dataset's order, as evaluation needs them."""
+    return loader(dataset, [[i] for i in range(len(dataset))], workers)
+
+
 # --- the warp -------------------------------------------------------------------------------------
 def draw_augmentation(B: int, flip: bool, scales: Sequence[float],
                       rotate: float) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from data import CLASSES, loader, open_dataset, warp
+from data import CLASSES, open_dataset, single_images, warp
 from model import build
 from recipes import integer
 from report import draw_photos, format_table
@@ -210,8 +210,7 @@ def run(args: argparse.Namespace) -> str:
     config.data_root = args.data_root or config.data_root
     config.cache = False
     dataset = open_dataset(config, "val")
-    one_by_one = [[i] for i in range(len(dataset))]
-    batches = loader(dataset, one_by_one, args.workers)
+    batches = single_images(dataset, args.workers)
     result = evaluate(predict, tasks, progress(batches, "evaluation"), size, device)
     result["reference"] = reference(tasks, batches, size)
     if args.json:

@@ -29,7 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from cost import ledger
-from data import CLASSES, draw_augmentation, epoch_batches, loader, open_dataset, warp
+from data import (CLASSES, draw_augmentation, epoch_batches, loader, open_dataset, single_images,
+                  warp)
 from eval import evaluate, predictor, reference
 from grouping import Partition, build_tree, format_tree, name_tree, read_tree
 from model import build
@@ -246,7 +247,6 @@ def train_step(model: nn.Module, tasks: Sequence, optimizer: torch.optim.Optimiz
     """
     model.train()
     losses = torch.zeros(len(tasks), device=image.device)
-    pixels = [task.valid(labels[task.name]).sum().clamp(min=1) for task in tasks]
     for i, part in enumerate(image.chunk(parts)):
         with torch.autocast(image.device.type, amp, enabled=amp is not None):
             predictions = model(part)
@@ -255,7 +255,8 @@ def train_step(model: nn.Module, tasks: Sequence, optimizer: torch.optim.Optimiz
             label = labels[task.name].chunk(parts)[i]
             loss = task.loss(predictions[task.name], label)
             if parts > 1:
-                loss = loss * (task.valid(label).sum() / pixels[t])
+                pixels = task.valid(labels[task.name]).sum().clamp(min=1)
+                loss = loss * (task.valid(label).sum() / pixels)
             total = total + task.weight * loss                      # eq. 8
             losses[t] += loss.detach()
         scaler.scale(total).backward()
@@ -344,6 +345,10 @@ class State:
                          "baseline": baseline, "fingerprint": fingerprint(model),
                          "versions": VERSIONS}
 
+    def set_learning_rate(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
     def save(self, path: Path, resumable: bool) -> None:
         """Write a checkpoint; if `resumable`, with the state of the optimizer."""
         content = {**self.constant, "model": trained_state(self.model), "step": self.step,
@@ -406,7 +411,7 @@ def fit(config: argparse.Namespace, state: State, tasks: Sequence, train_set, va
     amp = amp_dtype(config.amp, device)
     batches = epoch_batches(len(train_set), config.batch_size, config.epochs, config.seed)
     num_steps, steps_per_epoch = len(batches), len(batches) // config.epochs
-    val_batches = loader(val_set, [[i] for i in range(len(val_set))], config.workers)
+    val_batches = single_images(val_set, config.workers)
     log = open_log(out / "log.jsonl", state.step)
     losses = LossLog(tasks, len(batches[0]), state.step, device)
     if state.step:
@@ -414,8 +419,7 @@ def fit(config: argparse.Namespace, state: State, tasks: Sequence, train_set, va
 
     for image, labels in training_batches(config, train_set, batches, state.step, device):
         lr = learning_rate(state.step, num_steps, config.lr, config.warmup)
-        for group in state.optimizer.param_groups:
-            group["lr"] = lr
+        state.set_learning_rate(lr)
         losses.add(train_step(state.model, tasks, state.optimizer, state.scaler, image, labels,
                               config.clip, amp, config.accumulate), labels)
         state.step += 1
@@ -450,7 +454,7 @@ def report(config: argparse.Namespace, state: State, tasks: Sequence, val_set,
     """
     out, device = Path(config.out), next(state.model.parameters()).device
     load_trained(state.model, read_checkpoint(out / "best.pt"), out / "best.pt")
-    val_batches = loader(val_set, [[i] for i in range(len(val_set))], config.workers)
+    val_batches = single_images(val_set, config.workers)
     constants = reference(tasks, val_batches, config.size)
     best, latest = state.best, state.latest
     metrics = {**best, "last": latest, "reference": constants, **counts, "seed": config.seed,

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from data import CLASSES, epoch_batches, loader, open_dataset
+from data import CLASSES, epoch_batches, open_dataset, single_images
 from eval import evaluate, predictor
 from model import build
 from recipes import parse_arguments
@@ -63,8 +63,7 @@ def run(config: Namespace) -> None:
     mine = Namespace(**{**vars(config), "seed": config.seed + 7919 * rank})     # own augmentation
     for image, labels in training_batches(mine, train_set, own, 0, device):
         lr = learning_rate(state.step, len(batches), config.lr, config.warmup)
-        for group in state.optimizer.param_groups:
-            group["lr"] = lr
+        state.set_learning_rate(lr)
         losses = train_step(network, tasks, state.optimizer, state.scaler, image, labels,
                             config.clip, amp)
         state.step += 1
@@ -75,8 +74,8 @@ def run(config: Namespace) -> None:
     if rank == 0:
         state.save(out / "best.pt", resumable=False)
         val_set = open_dataset(config, "val")
-        val_batches = loader(val_set, [[i] for i in range(len(val_set))], config.workers)
-        result = evaluate(predictor(model, amp), tasks, val_batches, config.size, device)
+        result = evaluate(predictor(model, amp), tasks, single_images(val_set, config.workers),
+                          config.size, device)
         print(f"{format_line(tasks, result)}\nwrote {out / 'best.pt'}")
     dist.destroy_process_group()
 

@@ -105,9 +105,14 @@ def shape(tree: Sequence[Partition]) -> list[list[int]]:
     return [sorted(map(len, partition), reverse=True) for partition in tree]
 
 
+def distinguishing_partition(tree: Sequence[Partition], num_tasks: int) -> Partition:
+    """The partition of the stages that neither share everything nor nothing (see `all_trees`)."""
+    return next(partition for partition in tree if 1 < len(partition) < num_tasks)
+
+
 def tree_name(tree: Sequence[Partition], tasks: Sequence[str]) -> str:
     """The groups of the stage that distinguishes the tree, such as "sal+depth,normals"."""
-    partition = next(p for p in tree if 1 < len(p) < len(tasks))
+    partition = distinguishing_partition(tree, len(tasks))
     return ",".join("+".join(tasks[t] for t in group) for group in partition)
 
 
@@ -267,7 +272,7 @@ class Study:
         similarity = np.array(self.runs[f"similarity/{seed}"]["similarity"])
         scores = {}
         for name, tree in self.trees.items():
-            partition = next(p for p in tree if 1 < len(p) < len(self.tasks))
+            partition = distinguishing_partition(tree, len(self.tasks))
             scores[name] = score(partition, similarity)
         return scores
 

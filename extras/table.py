@@ -45,18 +45,19 @@ def find_runs(paths: Sequence[Path]) -> list[tuple[str, Path]]:
     return found
 
 
-def described_images(file: Path) -> dict:
-    """What a file of results says about its validation images; None where it says nothing."""
-    run = read_results(file)
+def described_images(run: dict) -> dict:
+    """What a run's results say about its validation images; None where they say nothing."""
     flags = run.get("flags", {})
     return {"dataset": run.get("dataset"), "number of images": run.get("images"),
             "size": flags.get("size"), "night": flags.get("night")}
 
 
-def check_same_images(file: Path, other: Path) -> None:
-    """Raise ValueError if two files of results are from different validation images."""
-    expected = described_images(other)
-    for name, value in described_images(file).items():
+def check_same_images(run: dict, file: Path, expected: dict, other: Path) -> None:
+    """Raise ValueError unless the results in `file` are from the validation images of `other`.
+
+    run: the content of `file`. expected: what `described_images` says about `other`.
+    """
+    for name, value in described_images(run).items():
         if None not in (value, expected[name]) and value != expected[name]:
             raise ValueError(f"{file} has {name} {value}, but {other} has {name} {expected[name]}; "
                              "compare runs on the same validation images")
@@ -68,10 +69,11 @@ def collect_runs(found: Sequence[tuple[str, Path]], last: bool) -> dict[str, dic
     last: take the results of the last epoch, not of the best one. MTLoRA's published code also
     reports the last epoch.
     """
-    methods = {}
+    methods, expected = {}, None
     for method, path in found:
-        check_same_images(path, found[0][1])
         run = read_results(path)
+        expected = expected or described_images(run)
+        check_same_images(run, path, expected, found[0][1])
         with reading(path, "a metrics.json of a run"):
             results = run["last"]["results"] if last else run["results"]
             seeds = methods.setdefault(method, {})
@@ -159,8 +161,10 @@ def print_table(found: Sequence[tuple[str, Path]], baseline: str | None, last: b
     if baseline in methods:
         results = mean_results(methods[baseline].values())
     elif baseline:
-        results = read_results(Path(baseline))["results"]
-        check_same_images(Path(baseline), found[0][1])
+        first = found[0][1]
+        run = read_results(Path(baseline))
+        check_same_images(run, Path(baseline), described_images(read_results(first)), first)
+        results = run["results"]
     print(format_runs(methods, results, "last" if last else "best"))
 
 

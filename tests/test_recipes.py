@@ -155,6 +155,7 @@ def seen(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         spy(patch, train, "loader")
+        spy(patch, data, "loader")              # through which single_images reads
         spy(patch, train, "draw_augmentation")
         spy(patch, train, "evaluate")
         spy(patch, train, "train_step", lambda *args: torch.zeros(3))
