@@ -24,15 +24,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 
 class TGLoRALinear(nn.Module):
     """A frozen linear layer plus one adapter of rank ranks[g] for each group g.
 
     `weight` and `bias` keep their names, so checkpoints of the original model still load with
-    strict=False. All new parameters are called `lora_*`. `scale` is gamma of eq. 4, a constant in
-    the paper's recipe.
+    strict=False. The adapters of all groups are rows of two parameters: `lora_A` holds the rows of
+    A_1, A_2, ..., and `lora_B` those of the transposed B_1, B_2, ... `scale` is gamma of eq. 4, a
+    constant in the paper's recipe.
 
     The adapters are at least float32, even if the layer is bfloat16: there, most of an optimizer's
     small steps would be rounded away. Their products are computed in the layer's type, like W x.
@@ -58,14 +58,19 @@ class TGLoRALinear(nn.Module):
 
         precision = torch.promote_types(self.weight.dtype, torch.float32)
         bound = k ** -0.5  # A starts as the weight of nn.Linear(k, r) does
-        self.lora_A = nn.ParameterList()
-        self.lora_B = nn.ParameterList()
-        for r in ranks:
-            A = self.weight.new_empty(r, k, dtype=precision).uniform_(-bound, bound)
-            B = self.weight.new_zeros(d, r, dtype=precision)  # so training starts from W x + b
-            self.lora_A.append(nn.Parameter(A))
-            self.lora_B.append(nn.Parameter(B))
+        A = self.weight.new_empty(sum(ranks), k, dtype=precision).uniform_(-bound, bound)
+        B = self.weight.new_zeros(sum(ranks), d, dtype=precision)  # training starts from W x + b
+        self.lora_A = nn.Parameter(A)
+        self.lora_B = nn.Parameter(B)
+        rows = padded_rows(ranks).to(self.weight.device)
+        self.register_buffer("rows", rows, persistent=False)
         self.train(linear.training)
+
+    def adapter(self, g: int) -> tuple[Tensor, Tensor]:
+        """A_g (r, k) and B_g (d, r) of eq. 4, as views of the parameters."""
+        A = self.lora_A.split(self.ranks)[g]
+        B_transposed = self.lora_B.split(self.ranks)[g]
+        return A, B_transposed.T
 
     def forward(self, x: Tensor) -> Tensor:
         """Eq. 4: x (G*B, ..., k), group after group -> (G*B, ..., d)."""
@@ -85,14 +90,23 @@ class TGLoRALinear(nn.Module):
     def add_low_rank(self, y: Tensor, x: Tensor) -> Tensor:
         """Add the adapters' outputs: y_g + gamma B_g A_g x_g. y (G, N, d), x (G, N, k).
 
-        Each of the two products is computed for all groups at once. For this, smaller ranks are
-        padded with zeros.
+        Each of the two products is computed for all groups at once.
         """
-        B_transposed = [B.T for B in self.lora_B]
-        A = pad_sequence(list(self.lora_A), batch_first=True)         # (G, r, k)
-        B_transposed = pad_sequence(B_transposed, batch_first=True)   # (G, r, d)
+        A = self.by_group(self.lora_A)                                # (G, r, k)
+        B_transposed = self.by_group(self.lora_B)                     # (G, r, d)
         low_rank_x = x @ A.mT.to(x.dtype)                             # (G, N, r)
         return torch.baddbmm(y, low_rank_x, B_transposed.to(x.dtype), alpha=self.scale)
+
+    def by_group(self, rows: Tensor) -> Tensor:
+        """The rows of each group: (sum of ranks, n) -> (G, r, n), smaller ranks padded with zeros.
+
+        On a GPU, the time of a training step depends on the number of operations. Here, there are
+        few: equal ranks need only a view, and other ranks one gather for all groups.
+        """
+        if len(set(self.ranks)) == 1:
+            return rows.unflatten(0, (len(self.ranks), -1))
+        with_zeros = F.pad(rows, (0, 0, 0, 1))                        # (sum of ranks + 1, n)
+        return F.embedding(self.rows, with_zeros)
 
     def macs(self, rows: int) -> tuple[int, int]:
         """Multiply-accumulates for `rows` rows per group: (frozen layer, adapters)."""
@@ -115,12 +129,25 @@ class TGLoRALinear(nn.Module):
         W = self.weight.to(precision)
         merged = []
         with torch.autocast(W.device.type, enabled=False):
-            for A, B in zip(self.lora_A, self.lora_B):
+            for g in range(len(self.ranks)):
+                A, B = self.adapter(g)
                 W_g = W + self.scale * B.to(precision) @ A.to(precision)
                 merged.append(W_g.to(self.weight.dtype))
         self.weight = nn.Parameter(torch.stack(merged), requires_grad=False)
         del self.lora_A, self.lora_B
         self.merged = True
+
+
+def padded_rows(ranks: Sequence[int]) -> Tensor:
+    """Which row of `lora_A` and `lora_B` is row i of group g: (G, r), for `by_group`.
+
+    Smaller ranks have no such row for the last i, and get sum(ranks), the number of a row of zeros.
+    """
+    total = sum(ranks)
+    rows = torch.full((len(ranks), max(ranks)), total)
+    for g, indices in enumerate(torch.arange(total).split(list(ranks))):
+        rows[g, :len(indices)] = indices
+    return rows
 
 
 def split_rank(rank: int, group_sizes: Sequence[int]) -> tuple[int, ...]:

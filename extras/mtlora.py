@@ -59,15 +59,16 @@ class SharedProductLinear(TGLoRALinear):
         shared: x_0. dropped: x_0 after dropout, the input of the shared adapter. tasks: all x_t,
         the inputs of the tasks' adapters.
         """
-        A = [p.to(shared.dtype) for p in self.lora_A]
-        B = [p.to(shared.dtype) for p in self.lora_B]
+        r, *task_ranks = self.ranks
+        A, A_tasks = self.lora_A.to(shared.dtype).split([r, sum(task_ranks)])
+        B, B_tasks = self.lora_B.to(shared.dtype).split([r, sum(task_ranks)])   # transposed
         product = F.linear(shared, self.weight, self.bias)      # W x_0 + b, (B, ..., d)
-        y_0 = product + self.scale * dropped @ A[0].T @ B[0].T
+        y_0 = product + self.scale * dropped @ A.T @ B
 
-        A_tasks = torch.stack(A[1:])                            # (T, r, k)
-        B_tasks = torch.stack(B[1:])                            # (T, d, r)
+        A_tasks = A_tasks.unflatten(0, (len(task_ranks), -1))   # (T, r, k)
+        B_tasks = B_tasks.unflatten(0, (len(task_ranks), -1))   # (T, r, d)
         flat = tasks.flatten(1, -2)                             # (T, N, k)
-        low_rank = flat @ A_tasks.mT @ B_tasks.mT               # (T, N, d)
+        low_rank = flat @ A_tasks.mT @ B_tasks                  # (T, N, d)
         y_tasks = product + self.scale * low_rank.view(-1, *product.shape)  # (T, B, ..., d)
         return torch.cat([y_0, y_tasks.flatten(0, 1)])
 

@@ -19,7 +19,7 @@ def elementwise_similarity(g: Tensor, g_other: Tensor) -> Tensor:
 
 
 def merged_weight(layer: TGLoRALinear, group: int) -> Tensor:
-    A, B = layer.lora_A[group], layer.lora_B[group]
+    A, B = layer.adapter(group)
     return layer.weight + layer.scale * B @ A
 
 

@@ -45,8 +45,7 @@ def test_2_merged_weight(answers):
     """For each group, a linear layer with the merged weight gives the adapted layer's output."""
     torch.manual_seed(0)
     layer = TGLoRALinear(nn.Linear(6, 5), (2, 3), dropout=0.0)
-    for B in layer.lora_B:
-        nn.init.normal_(B)
+    nn.init.normal_(layer.lora_B)
     x = torch.randn(2 * 4, 6)
     for g in range(2):
         weight = answers.merged_weight(layer, g)

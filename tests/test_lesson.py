@@ -73,10 +73,16 @@ def printed():
 
 def our_names(backbone, decoders):
     """The state dict of a MultiTaskNet with the weights of the lesson's network."""
-    state = {}
-    for name, value in backbone.state_dict().items():
-        name = name.replace(".linear.", ".").replace(".A.", ".lora_A.").replace(".B.", ".lora_B.")
-        state[f"backbone.{name}"] = value
+    state, weights = {}, backbone.state_dict()
+    for name, value in weights.items():
+        path, _, last = name.partition(".linear.")
+        if last == "weight":                # the lesson has one A and one B per group
+            groups = range(sum(key.startswith(f"{path}.A.") for key in weights))
+            A = torch.cat([weights[f"{path}.A.{g}"] for g in groups])
+            B = torch.cat([weights[f"{path}.B.{g}"].T for g in groups])
+            state |= {f"backbone.{path}.lora_A": A, f"backbone.{path}.lora_B": B}
+        if ".A." not in name and ".B." not in name:
+            state["backbone." + name.replace(".linear.", ".")] = value
     for name, value in decoders.state_dict().items():
         state[f"decoders.{name}"] = value
     return state

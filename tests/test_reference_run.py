@@ -79,12 +79,14 @@ def predict(p, task, image, masks=None):
     x = norm(p, "backbone.patch_embed.norm", x)
     for s in range(4):
         group = next(g for g, members in enumerate(TREE[s]) if TASKS.index(task) in members)
+        ranks = [6 // len(TASKS) * len(members) for members in TREE[s]]
         for b in range(BLOCKS):
             name = f"backbone.layers.{s}.blocks.{b}."
 
             def lora(layer, x):
                 """Eq. 4 for one group: W x + bias + gamma B A drop(x), gamma = 4."""
-                A, B = p[f"{name}{layer}.lora_A.{group}"], p[f"{name}{layer}.lora_B.{group}"]
+                A = p[f"{name}{layer}.lora_A"].split(ranks)[group]
+                B = p[f"{name}{layer}.lora_B"].split(ranks)[group].T
                 thinned = x if masks is None else x * masks[s, b, layer][group]
                 return x @ p[f"{name}{layer}.weight"].T + p[f"{name}{layer}.bias"] + (
                     4 * thinned @ A.T @ B.T)

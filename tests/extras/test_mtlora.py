@@ -67,6 +67,10 @@ def test_maps_are_those_of_the_published_code():
             for group, task in enumerate(names, 1):
                 name = name.replace(f"lora_tasks_{letter}.{task}", f"lora_{letter}.{group}")
         weights[name] = value.double()
+    for name in model.state_dict():
+        if "lora_" in name:                 # our layers hold the adapters of all groups together
+            groups = [weights.pop(key) for key in sorted(weights) if key.startswith(f"{name}.")]
+            weights[name] = torch.cat([m.T if "lora_B" in name else m for m in groups])
     model.double().load_state_dict(weights)
     model.eval().requires_grad_(False)
     x = model.patch_embed(published["input"].double())
@@ -82,7 +86,8 @@ def test_maps_are_those_of_the_published_code():
 # --- equation 2 -----------------------------------------------------------------------------------
 def low_rank(layer, x, g):
     """The output gamma B_g A_g x of group g's adapter, with gamma = 4."""
-    return 4 * x @ layer.lora_A[g].T @ layer.lora_B[g].T
+    A, B = layer.adapter(g)
+    return 4 * x @ A.T @ B.T
 
 
 def test_a_stage_is_plain_lora_up_to_its_last_projection():
@@ -100,7 +105,8 @@ def test_a_stage_is_plain_lora_up_to_its_last_projection():
     middle = []
     for g in range(4):
         proj = last.attn.proj
-        plain.attn.proj.weight.data = proj.weight + 4 * proj.lora_B[g] @ proj.lora_A[g]
+        A, B = proj.adapter(g)
+        plain.attn.proj.weight.data = proj.weight + 4 * B @ A
         middle.append(x + plain.attend(plain.norm1(x)))
     fc1, fc2 = last.mlp.fc1, last.mlp.fc2
     assert fc1.ranks == (6, 4, 4, 4)
@@ -130,9 +136,8 @@ def test_dropout_acts_as_in_the_published_code():
     last = backbone(task_rank=6).layers[1].blocks[1].train()
     for layer in (last.attn.proj, last.mlp.fc1):
         layer.dropout = 0.5
-        for matrices in (layer.lora_A, layer.lora_B):       # give all groups the same adapter
-            for p in matrices:
-                p.data = matrices[0].data
+        for p in (layer.lora_A, layer.lora_B):      # give all four groups the same adapter
+            p.data = p.data[:6].repeat(4, 1)
     shared, *tasks = last.attn.proj(torch.ones(2, 49, 32)).chunk(4)
     assert all(torch.equal(y, shared) for y in tasks)
     assert not torch.equal(shared, last.attn.proj.eval()(torch.ones(2, 49, 32))[:2])
@@ -145,7 +150,7 @@ def test_dropout_acts_as_in_the_published_code():
 def test_a_bfloat16_layer_keeps_its_type():
     """The adapters of a bfloat16 layer are float32, and the layer's output is bfloat16."""
     layer = SharedProductLinear(nn.Linear(16, 24).bfloat16(), ranks=(6, 4, 4, 4))
-    assert {p.dtype for p in (*layer.lora_A, *layer.lora_B)} == {torch.float32}
+    assert {layer.lora_A.dtype, layer.lora_B.dtype} == {torch.float32}
     assert layer(torch.randn(8, 7, 16).bfloat16()).dtype is torch.bfloat16
 
 
@@ -176,7 +181,7 @@ def test_a_task_trains_its_own_and_the_shared_adapters():
     sum(m.square().mean() for m in maps).backward()
     for name in ("attn.proj", "mlp.fc1", "mlp.fc2"):
         layer = model.layers[1].blocks[1].get_submodule(name)
-        reached = [p.grad is not None and bool(p.grad.any()) for p in layer.lora_B]
+        reached = [bool(grad.any()) for grad in layer.lora_B.grad.split(layer.ranks)]
         assert reached == [True, False, True, False], name
 
 
