@@ -11,20 +11,18 @@ inside attention nor the adapters. We print that count, and a second one that in
 Reference: arXiv 2509.19602, sections 4.3 and 4.5, table 3.
 """
 
+import argparse
 import copy
 import json
-import sys
 from argparse import Namespace
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from data import CLASSES
-from grouping import build_tree, read_tree
 from model import build
-from recipes import parse_arguments
+from recipes import known_tree, parse_arguments, uneven_tree
 from tasks import make_tasks
 from tglora import TGLoRALinear
 from util import one_line_errors
@@ -112,10 +110,7 @@ def network(config: Namespace) -> nn.Module:
     Algorithm 1 then makes the groups as uneven as possible, which costs the most.
     """
     tasks = make_tasks(config.tasks, CLASSES.get(config.dataset))
-    if config.tree:
-        tree = read_tree(config.tree, config.tasks)
-    else:
-        tree = build_tree(np.zeros((len(tasks), len(tasks))), config.groups)
+    tree = known_tree(config) or uneven_tree(config)
     config = copy.copy(config)
     config.weights = "none"
     with torch.device("meta"):
@@ -143,16 +138,16 @@ def format_cost(costs: dict[str, int], size: tuple[int, int]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print the cost as text, or with --json as one JSON object."""
-    argv = sys.argv[1:] if argv is None else argv
-    flags = [flag for flag in argv if flag != "--json"]
+    """The command line; see the top of this file."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False, epilog="All other flags are those of train.py.")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, not text")
+    args, flags = parser.parse_known_args(argv)
     with one_line_errors():
         config = parse_arguments(flags)
         costs = cost(config)
-    if "--json" in argv:
-        print(json.dumps(costs))
-    else:
-        print(format_cost(costs, config.size))
+        print(json.dumps(costs) if args.json else format_cost(costs, config.size), flush=True)
 
 
 if __name__ == "__main__":

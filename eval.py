@@ -220,10 +220,11 @@ def run(args: argparse.Namespace) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    # Progress and notes go to stderr, so that only the result goes to stdout.
-    with one_line_errors(), redirect_stdout(sys.stderr):
-        text = run(args)
-    print(text)
+    with one_line_errors():
+        # Progress and notes go to stderr, so that only the result goes to stdout.
+        with redirect_stdout(sys.stderr):
+            text = run(args)
+        print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -21,11 +21,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from grouping import build_tree, read_tree
+from grouping import Partition, build_tree, read_tree
 from model import METHODS, stage_ranks
 from tasks import make_tasks
 from tglora import split_rank
 from util import read_checkpoint
+from weights import DOWNLOADS, find_file
 
 
 # --- parsers of values ----------------------------------------------------------------------------
@@ -45,6 +46,12 @@ def number(low: float, high: float, convert: Callable = float) -> Callable[[str]
 
 def integer(low: int, high: int = 10 ** 9) -> Callable[[str], int]:
     return number(low, high, int)
+
+
+def text(value: str) -> str:
+    if not value:
+        raise argparse.ArgumentTypeError("expected a value, got ''; leave the flag out instead")
+    return value
 
 
 def listed(parse_item: Callable, separator: str = ",") -> Callable[[str], tuple]:
@@ -104,7 +111,7 @@ TABLE = {
     "data": [
         Knob("tasks", listed(str), "human_parts,sal,depth,normals", "semseg,normals,depth",
              "semseg,human_parts,sal,normals", "tasks to learn, separated by commas"),
-        same("data_root", str, "data", "folder of the dataset, or its archive"),
+        same("data_root", text, "data", "folder of the dataset, or its archive"),
         same("download", FLAG, False, "download the dataset's archive into --data-root, if the "
              "dataset is not there yet"),
         same("train_rooms", integer(1, 10 ** 5), 600, "number of rendered training images, "
@@ -131,7 +138,7 @@ TABLE = {
     "network": [
         Knob("backbone", str, "mini", "tiny", "tiny", "network to adapt: a Swin Transformer (mini, "
              "tiny, small, base) or a PVT v2 (pvt_v2_b0 ... pvt_v2_b5)"),
-        Knob("weights", str, "rooms_mini.pth", "imagenet", "imagenet", "pretrained weights of "
+        Knob("weights", text, "rooms_mini.pth", "imagenet", "imagenet", "pretrained weights of "
              "the backbone: imagenet, torchvision, none (random), or the path of a checkpoint"),
         Knob("rank", integer(1, 4096), 20, 63, 64, "combined rank of a linear layer's adapters, "
              "divided among the groups in proportion to their number of tasks (section 4.3); "
@@ -154,7 +161,7 @@ TABLE = {
         same("groups", listed(integer(1)), None, "number of task groups in each of the four "
              "stages; default: as in section 4.4, such as 1,2,3,4 for four tasks and 1,1,2,3 for "
              "three"),
-        same("tree", str, None, "file with the tree to use, such as the tree.json of a run; the "
+        same("tree", text, None, "file with the tree to use, such as the tree.json of a run; the "
              "similarity is then not measured"),
         Knob("sim_images", integer(1), 192, 200, 200, "number of training images to measure the "
              "similarity on; the default is our choice, because the paper gives no number"),
@@ -192,7 +199,7 @@ TABLE = {
              "the steps after that are usually faster"),
     ],
     "the run": [
-        same("out", str, None, "folder of the run (default: runs/DATASET); a new run needs a new "
+        same("out", text, None, "folder of the run (default: runs/DATASET); a new run needs a new "
              "folder"),
         same("resume", FLAG, False, "continue the run in --out with the flags it was started "
              "with"),
@@ -218,8 +225,7 @@ RECIPES = {dataset: {knob.name: getattr(knob, dataset)
 # BDTA paper. Warm-up, dropout and drop path are 0, because that section does not mention them.
 BDTA = dict(batch_size=8, lr=4e-4, weight_decay=1e-4, warmup=0, dropout=0, drop_path=0)
 
-# Network and tree flags that a method would ignore. Giving one is an error. The similarity flags
-# are not listed, although they too have no effect if no similarity is measured.
+# Flags that a method or a dataset would ignore. Giving one is an error.
 NO_GROUPS = {"groups", "tree", "layers", "last_rank"}
 UNUSED = {
     "tglora": set(),
@@ -229,6 +235,9 @@ UNUSED = {
     "full": NO_GROUPS | {"rank", "dropout"},
     "decoders": NO_GROUPS | {"rank", "dropout"},
 }
+ROOM_FLAGS = {"train_rooms", "val_rooms", "room_seed", "night"}
+UNUSED_DATA = {"rooms": {"data_root", "download"}, "nyud": ROOM_FLAGS, "pascal": ROOM_FLAGS}
+SIMILARITY_FLAGS = {"sim_images", "head_epochs", "head_lr"}
 
 # Flags that may be changed when a run is resumed.
 MAY_CHANGE = {"out", "resume", "data_root", "download", "device", "workers", "cache", "log_every",
@@ -252,7 +261,8 @@ def make_parser(recipe: dict[str, Any], dataset: str) -> argparse.ArgumentParser
         description="Train TGLoRA on one GPU, or on a CPU. recipes.py lists all flags. "
         f"The defaults shown are those of --dataset {dataset}. Section, table and equation "
         "numbers refer to arXiv 2509.19602.",
-        argument_default=argparse.SUPPRESS, allow_abbrev=False)
+        usage="%(prog)s [--flag value ...]", argument_default=argparse.SUPPRESS,
+        allow_abbrev=False)
     parser.add_argument("--dataset", choices=list(RECIPES), help=DATASET_HELP)
     parser.add_argument("--method", choices=METHODS, help=METHOD_HELP)
     for title, knobs in TABLE.items():
@@ -276,8 +286,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """All settings of a run: the flags that were typed, and the dataset's recipe for the rest.
 
     With --resume, the rest comes from the run's last.pt instead. Raises ValueError if that file or
-    the --tree file cannot be read, or if tasks, groups and rank do not fit each other. Exits with a
-    usage message if a flag is wrong.
+    the --tree file cannot be read, if the file of --weights does not exist, or if tasks, groups and
+    rank do not fit each other. Exits with a usage message if a flag is wrong or has no effect.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--dataset", default="rooms")
@@ -293,10 +303,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
     settings = {"dataset": chosen.dataset, "method": chosen.method, **defaults(recipe), **typed}
     config = argparse.Namespace(**settings)
-    useless = sorted(typed.keys() & UNUSED[config.method])
-    if useless:
-        parser.error(f"--{useless[0].replace('_', '-')} has no effect with --method "
-                     f"{config.method}; leave it out")
     config.out = config.out or f"runs/{config.dataset}"
     if config.method != "tglora":
         config.groups = (1, 1, 1, 1)
@@ -304,24 +310,62 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("groups", "fused"):
         if len(getattr(config, name)) != 4:
             parser.error(f"--{name} needs four numbers, one for each stage of the backbone")
-    check_tree_settings(config)
+    useless = [name for name in typed if name in ignored_flags(config)]
+    if useless:
+        parser.error(f"--{useless[0].replace('_', '-')} has no effect with "
+                     f"{ignored_flags(config)[useless[0]]}; leave it out")
+    check_settings(config)
     return config
 
 
-def check_tree_settings(config: argparse.Namespace) -> None:
-    """Fail early if the tasks, the tree or the groups, and the rank do not fit each other.
+def ignored_flags(config: argparse.Namespace) -> dict[str, str]:
+    """The flags that have no effect with these settings: {name: what makes it useless}."""
+    ignored = {}
+    if config.amp == "fp16" and not config.device.startswith("cuda"):
+        ignored["amp"] = f"--device {config.device}, which computes in float32 or bf16"
+    if config.tree or set(config.groups) <= {1, len(config.tasks)}:
+        ignored |= dict.fromkeys(SIMILARITY_FLAGS, "a tree that is known, because no similarity is "
+                                 "measured")
+    if config.tree:
+        ignored["groups"] = "--tree, which has its own groups"
+    unused = UNUSED_DATA.get(config.dataset, ())
+    ignored |= dict.fromkeys(unused, f"--dataset {config.dataset}")
+    ignored |= dict.fromkeys(UNUSED[config.method], f"--method {config.method}")
+    return ignored
+
+
+def check_settings(config: argparse.Namespace) -> None:
+    """Fail early if the weights do not exist, or if tasks, groups and rank do not fit each other.
 
     With --tree, sets config.groups to the tree's numbers of groups.
     """
-    T = len(config.tasks)
     make_tasks(config.tasks, 1)                 # raises ValueError if a task is unknown
-    if config.tree:
-        tree = read_tree(config.tree, config.tasks)
-        config.groups = tuple(len(partition) for partition in tree)
-    else:
-        tree = build_tree(np.zeros((T, T)), config.groups)
+    if config.weights not in ("none", *DOWNLOADS):
+        find_file(config.weights)
+    tree = known_tree(config)
+    if tree is None:
+        tree = uneven_tree(config)
+    config.groups = tuple(len(partition) for partition in tree)
     for partition, rank in zip(tree, stage_ranks(config)):
         split_rank(rank, [len(group) for group in partition])
+
+
+def known_tree(config: argparse.Namespace) -> list[Partition] | None:
+    """The tree, if it is known without measuring any similarity; otherwise None.
+
+    The tree is known if --tree names a file, or if every stage has one group or one group per task.
+    """
+    if config.tree:
+        return read_tree(config.tree, config.tasks)
+    if set(config.groups) <= {1, len(config.tasks)}:
+        return uneven_tree(config)
+    return None
+
+
+def uneven_tree(config: argparse.Namespace) -> list[Partition]:
+    """The tree of equal similarities. Its groups are as uneven as their numbers allow."""
+    T = len(config.tasks)
+    return build_tree(np.zeros((T, T)), config.groups)
 
 
 def defaults(recipe: dict[str, Any]) -> dict[str, Any]:

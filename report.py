@@ -201,7 +201,7 @@ def draw_photos(photos: Sequence[Path], folder: Path, predict: Callable, tasks: 
             errors.append(str(error))
     if errors:
         written = [f"wrote {path}" for path in paths]
-        raise ValueError("; ".join(errors + written))
+        raise ValueError("\n".join(errors + written))
     return paths
 
 

@@ -33,7 +33,7 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 IGNORE = 255
 HUMAN_PARTS = ("background", "head", "torso", "upper arms", "lower arms", "upper legs",
@@ -372,7 +372,8 @@ def make_tasks(names: Sequence[str], classes: int | Sequence[str] | None) -> lis
     """The tasks with these names, in this order.
 
     classes: semseg's classes in this dataset, as names or as a number.
-    Raises ValueError for an unknown or repeated name, for no names, or for semseg without classes.
+    Raises ValueError for an unknown or repeated name, for no names, for semseg without classes, or
+    for a name that no module can have, such as "a.b" or "type".
     """
     if not names or len(set(names)) < len(names):
         raise ValueError(f"tasks {','.join(names)!r}: expected at least one task, and each task "
@@ -383,6 +384,9 @@ def make_tasks(names: Sequence[str], classes: int | Sequence[str] | None) -> lis
             raise ValueError(f"unknown task {name!r}; expected some of {', '.join(TASKS)}, or your "
                              "own task, whose file must be imported first (see "
                              "examples/own_dataset.py)")
+        if "." in name or hasattr(nn.ModuleDict(), name):
+            raise ValueError(f"a task cannot be called {name!r}, because a module cannot have this "
+                             "name; choose another one, without a dot")
         task = copy(TASKS[name])
         if not task.outputs:
             if not classes:

@@ -24,7 +24,6 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -32,9 +31,9 @@ from cost import ledger
 from data import (CLASSES, draw_augmentation, epoch_batches, loader, open_dataset, single_images,
                   warp)
 from eval import evaluate, predictor, reference
-from grouping import Partition, build_tree, format_tree, name_tree, read_tree
+from grouping import Partition, build_tree, format_tree, name_tree
 from model import build
-from recipes import parse_arguments
+from recipes import known_tree, parse_arguments
 from report import draw_curves, draw_samples, draw_tree, format_line, format_table
 from similarity import finetune_decoders, format_similarity, fresh_decoders, task_similarity
 from stability import stability
@@ -52,23 +51,13 @@ def describe(config: argparse.Namespace) -> str:
     if config.method == "tglora":
         groups = ",".join(map(str, config.groups))
         adapters = f"; groups {groups}, rank {config.rank}, {config.layers}"
+    note = ""
+    if config.weights == "none" and config.method != "full":
+        note = "\nnote: the frozen backbone has random weights, so results will be poor"
     return (f"{config.method} on {config.dataset}: {', '.join(config.tasks)}{adapters}\n"
             f"backbone {config.backbone}, weights {config.weights}, images of {height}x{width}\n"
             f"seed {config.seed}, epochs {config.epochs}, batch size {config.batch_size}, "
-            f"learning rate {config.lr:g}, on {config.device}, to {config.out}")
-
-
-def known_tree(config: argparse.Namespace) -> list[Partition] | None:
-    """The tree, if it is known without measuring any similarity; otherwise None.
-
-    The tree is known if --tree names a file, or if every stage has one group or one group per task.
-    """
-    T = len(config.tasks)
-    if config.tree:
-        return read_tree(config.tree, config.tasks)
-    if set(config.groups) <= {1, T}:
-        return build_tree(np.zeros((T, T)), config.groups)
-    return None
+            f"learning rate {config.lr:g}, on {config.device}, to {config.out}{note}")
 
 
 def as_numbers(results: dict) -> dict[str, dict[str, float]]:
@@ -95,20 +84,39 @@ def read_results(path: Path) -> dict:
     return run
 
 
-def read_baseline(config: argparse.Namespace, tasks: Sequence) -> dict | None:
+def described_images(run: dict) -> dict:
+    """What a run's results say about its validation images; None where they say nothing."""
+    flags = run.get("flags", {})
+    return {"dataset": run.get("dataset"), "number of images": run.get("images"),
+            "size": flags.get("size"), "night": flags.get("night")}
+
+
+def check_same_images(run: dict, path: Path, expected: dict, other: str | Path) -> None:
+    """Raise ValueError unless the results in the file `path` are from the expected images.
+
+    run: the content of the file. expected: what `described_images` says about the run `other`.
+    """
+    for name, value in described_images(run).items():
+        if None not in (value, expected[name]) and value != expected[name]:
+            raise ValueError(f"{path} has {name} {value}, but {other} has {name} {expected[name]}; "
+                             "compare runs on the same validation images")
+
+
+def read_baseline(config: argparse.Namespace, tasks: Sequence, images: int) -> dict | None:
     """Read the --baseline files, one for all tasks or one per task, as {task: {metric: value}}.
 
-    Returns None without --baseline. Raises ValueError if a file cannot be read or is from another
-    dataset, or if a task's main metric is missing or not above 0.
+    images: the number of validation images. Returns None without --baseline. Raises ValueError if a
+    file cannot be read or is from other validation images, or if a task's main metric is missing or
+    not above 0.
     """
     if not config.baseline:
         return None
+    flags = {"size": list(config.size), "night": config.night}
+    expected = described_images({"dataset": config.dataset, "images": images, "flags": flags})
     baseline = {}
     for path in config.baseline:
         run = read_results(Path(path))
-        if run.get("dataset", config.dataset) != config.dataset:
-            raise ValueError(f"--baseline {path} is a run on {run['dataset']}, not on "
-                             f"{config.dataset}")
+        check_same_images(run, path, expected, "this run")
         baseline |= run["results"]
     for task in tasks:
         value = baseline.get(task.name, {}).get(task.metric, math.nan)
@@ -481,13 +489,14 @@ def run(config: argparse.Namespace) -> dict:
     device, out = pick_device(config.device), Path(config.out)
     tasks = make_tasks(config.tasks, CLASSES.get(config.dataset))
     last = state_to_continue(config, out)       # None: a new run
+    print(describe(config))
+    val_set = open_dataset(config, "val")
     if last:
         tree, similarity, baseline = last["tree"], last["similarity"], last["baseline"]
     else:
         tree, similarity = known_tree(config), {"similarity": None}
-        baseline = read_baseline(config, tasks)
-    print(describe(config))
-    train_set, val_set = open_dataset(config, "train"), open_dataset(config, "val")
+        baseline = read_baseline(config, tasks, len(val_set))
+    train_set = open_dataset(config, "train")
 
     if tree is None:
         tree, similarity = find_tree(config, tasks, train_set, device)
@@ -530,7 +539,14 @@ def main(argv: list[str] | None = None) -> dict:
     the program ends with a message instead of a traceback.
     """
     with one_line_errors():
-        return run(parse_arguments(argv))
+        config = parse_arguments(argv)
+        try:
+            return run(config)
+        except KeyboardInterrupt:
+            if not Path(config.out, "last.pt").exists():
+                raise
+            raise KeyboardInterrupt(f"--out {config.out} --resume continues the run from the end "
+                                    "of its last complete epoch") from None
 
 
 if __name__ == "__main__":

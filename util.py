@@ -81,7 +81,7 @@ def progress(items: Iterable, label: str, total: int | None = None) -> Iterator:
     total: the number of items, needed if `items` has no length.
     """
     total = len(items) if total is None else total
-    terminal = sys.stdout.isatty()
+    terminal = sys.stdout is not None and sys.stdout.isatty()   # None: stdout is closed
     pause = 0.2 if terminal else 5            # seconds between two updates
     start = shown = time.monotonic()
     written = False
@@ -126,12 +126,16 @@ def one_line_errors() -> Iterator[None]:
     """End a program with a message instead of a traceback on bad input or Ctrl-C.
 
     ValueError and OSError count as bad input. Any other error is a bug and keeps its traceback.
+    Ctrl-C ends the program with exit status 130, as in a shell.
     """
     try:
         yield
-    except KeyboardInterrupt:
-        raise SystemExit("interrupted; if train.py has written a last.pt, --resume continues the "
-                         "run from the end of its last complete epoch") from None
+    except KeyboardInterrupt as error:
+        print(f"\ninterrupted; {error}" if str(error) else "\ninterrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:                 # the reader of our output, such as `head`, has stopped
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except (ValueError, OSError) as error:
         message = str(error) or repr(error)
         # An error in a data worker arrives as text: a traceback, then the message.
@@ -193,9 +197,10 @@ def read_checkpoint(path: Path) -> dict:
             if archive.testzip():   # torch.load does not compare the checksums
                 raise ValueError("is damaged: a checksum does not match")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"model", "config", "tree", "fingerprint", "step"} - state.keys()
+        missing = {"model", "config", "tree", "baseline", "fingerprint", "step"} - state.keys()
         if missing:
-            raise ValueError(f"is not a checkpoint of train.py: it lacks {', '.join(missing)}")
+            raise ValueError("is not a checkpoint of this version of train.py: it lacks "
+                             f"{', '.join(missing)}")
     return state
 
 

@@ -13,6 +13,7 @@ References: https://github.com/microsoft/Swin-Transformer;
 https://github.com/huggingface/pytorch-image-models (timm).
 """
 
+import pickle
 import re
 import zipfile
 from pathlib import Path
@@ -26,6 +27,7 @@ OFFICIAL_URL = ("https://github.com/SwinTransformer/storage/releases/download/v1
                 "swin_{name}_patch4_window7_224.pth")
 TORCHVISION_NAME = {"tiny": "Swin_T_Weights", "small": "Swin_S_Weights", "base": "Swin_B_Weights"}
 
+DOWNLOADS = ("imagenet", "torchvision")    # the sources that are not files
 ASSETS = Path(__file__).parent / "assets"
 
 
@@ -37,7 +39,7 @@ def load_weights(backbone: nn.Module, source: str, name: str = "tiny") -> None:
     preset whose weights are downloaded. Raises ValueError if the weights cannot be downloaded or
     read, or do not fit the backbone.
     """
-    if source in ("imagenet", "torchvision"):
+    if source in DOWNLOADS:
         if name not in TORCHVISION_NAME:
             raise ValueError(f"--weights {source} exists only for the backbones "
                              f"{', '.join(TORCHVISION_NAME)}, not for {name}; choose one of these, "
@@ -68,8 +70,9 @@ def fetch(url: str) -> Path:
     try:
         torch.hub.download_url_to_file(url, str(path), checksum)
     except (OSError, RuntimeError) as error:    # no connection, or a wrong checksum
-        raise ValueError(f"weights: cannot download {url}: {error}; download it by hand and give "
-                         "the path of the file instead") from error
+        raise ValueError(f"weights: cannot download {url}: {error}; download it by hand and pass "
+                         "its path as --weights PATH, or use random weights with --weights none"
+                         ) from error
     return path
 
 
@@ -98,10 +101,16 @@ def read_file(path: Path) -> dict[str, Tensor]:
             if damaged:
                 raise ValueError(f"wrong checksum of {damaged}")
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"weights: {path} is damaged, or holds more than tensors, as training "
+                         "checkpoints with a configuration do. If you trust its source, save the "
+                         'entry with the weights, usually "model", to a new file: torch.save('
+                         f"torch.load('{path}', weights_only=False)['model'], 'weights.pth')"
+                         ) from error
     except Exception as error:  # torch.load documents no exceptions for a damaged file
-        raise ValueError(f"weights: {path} is damaged, is not a PyTorch checkpoint, or holds more "
-                         f"than tensors and plain data ({type(error).__name__}); if it is a broken "
-                         "download, delete it and try again") from error
+        raise ValueError(f"weights: {path} is damaged, or is not a PyTorch checkpoint "
+                         f"({type(error).__name__}); if it is a broken download, delete it and try "
+                         "again") from error
     if not isinstance(content, dict):
         raise ValueError(f"weights: {path} holds a {type(content).__name__}; expected a dict of "
                          "tensors")
@@ -163,28 +172,35 @@ def from_timm(key: str) -> str:
 
 
 def load_all(backbone: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
-    """Load `state` into `backbone` if all names and shapes match the backbone's.
+    """Load `state` into `backbone` if all names and shapes match, and all values are finite floats.
 
     Otherwise leaves `backbone` unchanged and raises a ValueError, which says how many tensors are
-    missing, unexpected or misshapen, and names up to eight of each. source: the file's name, for
-    messages.
+    wrong in which way, and names up to eight of each. source: the file's name, for messages.
     """
     own = backbone.state_dict()
     missing = [key for key in own if key not in state]
     unexpected = [key for key in state if key not in own]
-    misshapen = []
-    for key in own:
-        if key in state and state[key].shape != own[key].shape:
-            shape, expected = tuple(state[key].shape), tuple(own[key].shape)
+    misshapen, not_numbers = [], []
+    for key in own.keys() & state.keys():
+        shape, expected = tuple(state[key].shape), tuple(own[key].shape)
+        if shape != expected:
             misshapen.append(f"{key} {shape}, expected {expected}")
+        if not (state[key].is_floating_point() and state[key].isfinite().all()):
+            not_numbers.append(key)
     problems = []
     for problem, names in (("missing", missing), ("unexpected", unexpected),
-                           ("misshapen", misshapen)):
+                           ("misshapen", misshapen),
+                           ("not finite floating-point numbers", not_numbers)):
         if names:
             more = " ..." if len(names) > 8 else ""
-            problems.append(f"{len(names)} {problem}: {', '.join(names[:8])}{more}")
+            problems.append(f"{len(names)} {problem}: {', '.join(sorted(names)[:8])}{more}")
     if problems:
+        advice = "Use weights that were made for the same --backbone"
+        for key in unexpected:
+            prefix = key.removesuffix(missing[0]) if missing else key
+            if prefix not in ("", key):
+                advice = f"Remove the prefix {prefix!r} from the names in the file"
         raise ValueError(f"weights {source} do not fit this backbone: {'; '.join(problems)}. "
-                         "Use weights that were made for the same --backbone")
+                         f"{advice}")
     backbone.load_state_dict(state)
     print(f"backbone weights: {len(state)} of {len(own)} tensors loaded from {source}")

@@ -26,10 +26,10 @@ from torch.nn.parallel import DistributedDataParallel
 from data import CLASSES, epoch_batches, open_dataset, single_images
 from eval import evaluate, predictor
 from model import build
-from recipes import parse_arguments
+from recipes import known_tree, parse_arguments
 from report import format_line
 from tasks import make_tasks
-from train import State, known_tree, learning_rate, make_folder, train_step, training_batches
+from train import State, learning_rate, make_folder, train_step, training_batches
 from util import amp_dtype, one_line_errors
 
 

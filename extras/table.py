@@ -23,7 +23,7 @@ from data import open_dataset
 from eval import load_run, predictor
 from report import draw_samples
 from tasks import delta_m, make_tasks
-from train import read_results
+from train import check_same_images, described_images, read_results
 from util import one_line_errors, reading
 
 Results = dict[str, dict[str, float]]   # {task: {metric: value}}
@@ -43,24 +43,6 @@ def find_runs(paths: Sequence[Path]) -> list[tuple[str, Path]]:
         found += [(name, file) for file in runs]
         found += [(file.parent.parent.name, file) for file in methods]
     return found
-
-
-def described_images(run: dict) -> dict:
-    """What a run's results say about its validation images; None where they say nothing."""
-    flags = run.get("flags", {})
-    return {"dataset": run.get("dataset"), "number of images": run.get("images"),
-            "size": flags.get("size"), "night": flags.get("night")}
-
-
-def check_same_images(run: dict, file: Path, expected: dict, other: Path) -> None:
-    """Raise ValueError unless the results in `file` are from the validation images of `other`.
-
-    run: the content of `file`. expected: what `described_images` says about `other`.
-    """
-    for name, value in described_images(run).items():
-        if None not in (value, expected[name]) and value != expected[name]:
-            raise ValueError(f"{file} has {name} {value}, but {other} has {name} {expected[name]}; "
-                             "compare runs on the same validation images")
 
 
 def collect_runs(found: Sequence[tuple[str, Path]], last: bool) -> dict[str, dict[int, Run]]:

@@ -85,6 +85,17 @@ def test_the_constant_is_fitted_to_valid_pixels():
     assert results["depth"]["rmse"] == pytest.approx(1.0) and results["semseg"]["mIoU"] == 1
 
 
+def test_few_pixels_of_a_large_image_fit_the_constant():
+    """Of the 10,000 valid pixels of an image, every second one counts: 5,000."""
+    depth = torch.ones(1, 1, 100, 100)
+    depth.view(-1)[1::2] = 3.0                  # none of these count
+    depth.view(-1)[::250] = 6.0                 # 40 of those that count
+    one = {"size": torch.tensor([[100, 100]]), "depth": depth,
+           "image": torch.zeros(1, 3, 100, 100, dtype=torch.uint8)}
+    constants = best_constants(make_tasks(["depth"], 3), [one], None)
+    assert constants["depth"].tolist() == pytest.approx([(4960 * 1 + 40 * 6) / 5000])
+
+
 def test_without_a_size_images_keep_their_own():
     """If no size is given, as with --native, the network gets each image at its own size."""
     shapes = []
@@ -137,6 +148,18 @@ def test_evaluating_a_checkpoint_repeats_the_results_of_its_run(trained, capsys)
         ("normals", "mean", "*down", pixels)]
 
 
+def test_a_checkpoint_is_evaluated_in_its_precision(trained, monkeypatch, capsys):
+    """A run in bf16 is evaluated in bf16."""
+    state = torch.load(trained[0] / "best.pt", weights_only=True)
+    state["config"]["amp"] = "bf16"
+    torch.save(state, trained[0] / "bf16.pt")
+    seen = []
+    monkeypatch.setattr(eval, "predictor", lambda model, amp: seen.append(amp) or
+                        predictor(model, amp))
+    eval.main(["--checkpoint", str(trained[0] / "bf16.pt"), "--device", "cpu", "--workers", "0"])
+    assert seen == [torch.bfloat16]
+
+
 def test_a_trained_network_can_be_used_from_python(trained):
     """load_run returns the network, its tasks and its settings."""
     model, tasks, config = load_run(trained[0])
@@ -163,8 +186,8 @@ def test_photos_are_drawn_into_the_folder_of_the_run(trained, tmp_path, capsys):
     before = (out / "good.predicted.png").read_bytes()
     with pytest.raises(SystemExit) as stop:
         eval.main([*flags, str(tmp_path / "text.png"), str(tmp_path / "good.png")])
-    assert "text.png" in stop.value.code
-    assert f"wrote {out / 'good.predicted-2.png'}" in stop.value.code
+    first, second = stop.value.code.splitlines()        # one line per photo
+    assert "text.png" in first and second == f"wrote {out / 'good.predicted-2.png'}"
     assert (out / "good.predicted.png").read_bytes() == before
     with pytest.raises(SystemExit) as stop:
         eval.main(["--checkpoint", str(out), "--json", "--image", "photo.jpg"])

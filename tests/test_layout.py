@@ -72,7 +72,7 @@ import sys
 sys.modules["fcntl"] = sys.modules["resource"] = None
 import eval, train
 train.main("--tasks depth,normals --train-rooms 2 --val-rooms 1 --size 32 --epochs 1 "
-           "--batch-size 2 --sim-images 2 --head-epochs 1 --device cpu "
+           "--batch-size 2 --device cpu "
            "--out {tmp_path}/run".split())
 eval.main(["--checkpoint", "{tmp_path}/run", "--device", "cpu", "--workers", "0"])
 """

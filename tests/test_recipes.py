@@ -15,6 +15,7 @@ from torchvision.ops import StochasticDepth
 
 import data
 import model as model_py
+import recipes
 import similarity as similarity_py
 import train
 from data import CLASSES, Checked, open_dataset
@@ -160,6 +161,7 @@ def seen(tmp_path_factory):
         spy(patch, train, "evaluate")
         spy(patch, train, "train_step", lambda *args: torch.zeros(3))
         spy(patch, model_py, "load_weights", lambda *args: None)
+        patch.setattr(recipes, "find_file", lambda path: path)      # mine.pth does not exist
         spy(patch, similarity_py, "gradient_similarity", lambda *args: torch.tensor(0.5))
         patch.setattr(data, "DataLoader", NoWorkers)
         patch.setattr(torch.optim.AdamW, "step",
@@ -265,7 +267,8 @@ def test_data_root_and_download_arrive(monkeypatch):
 
 # --- values ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("flag, name, value", [
-    ([], "data_root", "data"), ([], "seed", 0), ([], "amp", "auto"), ([], "out", "runs/rooms"),
+    ([], "data_root", "data"), ([], "seed", 0), ([], "head_lr", 2e-3), ([], "amp", "auto"),
+    ([], "out", "runs/rooms"),
     (["--dataset", "nyud"], "out", "runs/nyud"), (["--size", "448x576"], "size", (448, 576)),
     (["--scales", "2:1"], "scales", tuple(np.linspace(2, 1, 101)))])
 def test_values_are_read_as_documented(flag, name, value):
@@ -288,6 +291,14 @@ def test_values_are_read_as_documented(flag, name, value):
     ("--method decoders --layers attn", "--layers has no effect"),
     ("--method bdta --fused 1,1,1,1", "--fused has no effect"),
     ("--method mtlora --groups 1,1,1,1", "--groups has no effect"),
+    ("--method full --head-epochs 2", "--head-epochs has no effect with a tree that is known"),
+    ("--groups 1,1,1,4 --sim-images 2", "--sim-images has no effect with a tree that is known"),
+    ("--tree tree.json --head-lr 1", "--head-lr has no effect with a tree that is known"),
+    ("--tree tree.json --groups 1,1,1,4", "--groups has no effect with --tree"),
+    ("--data-root data", "--data-root has no effect with --dataset rooms"),
+    ("--dataset nyud --no-night", "--night has no effect with --dataset nyud"),
+    ("--device cpu --amp fp16", "--amp has no effect with --device cpu"),
+    ("--tree=", "expected a value"), ("--out=", "expected a value"),
     ("--frozen norm", "unrecognized"), ("--epoch 3", "unrecognized")])
 def test_wrong_values_are_refused(flags, message, capsys):
     """Impossible values, unknown flags and flags without effect are usage errors."""

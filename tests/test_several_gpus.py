@@ -13,8 +13,8 @@ import train
 
 ROOT = Path(__file__).parent.parent
 FLAGS = ["--tasks", "depth,normals", "--groups", "1,1,2,2", "--train-rooms", "8", "--val-rooms",
-         "3", "--size", "32", "--epochs", "1", "--batch-size", "2", "--sim-images", "4",
-         "--head-epochs", "1", "--no-flip", "--device", "cpu", "--log-every", "1"]
+         "3", "--size", "32", "--epochs", "1", "--batch-size", "2", "--no-flip", "--device",
+         "cpu", "--log-every", "1"]
 
 
 def torchrun(*flags):
@@ -30,8 +30,8 @@ def torchrun(*flags):
 def test_two_processes_train_as_two_parts_of_a_batch(tmp_path, capsys):
     """Two processes end with the same weights as one process with --accumulate 2, up to rounding.
 
-    eval.py reads the checkpoint. A batch that two processes
-    cannot share evenly is refused, and so are flags without a known tree.
+    eval.py reads the checkpoint. A batch that two processes cannot share evenly is refused, and so
+    are flags without a known tree.
     """
     train.main([*FLAGS, "--accumulate", "2", "--out", str(tmp_path / "one")])
     tree = tmp_path / "one/tree.json"

@@ -300,10 +300,14 @@ def test_wrong_lists_of_tasks_are_refused(names, classes, message):
 
 def test_your_own_task_needs_one_entry(monkeypatch):
     """Once your task is in TASKS, make_tasks and delta_m find it by its name. Changing a task that
-    make_tasks returned does not change TASKS."""
+    make_tasks returned does not change TASKS. A name that no module can have is refused."""
     monkeypatch.setitem(TASKS, "ground", Segmentation("ground", 3, 1.0))
     for _ in range(2):
         ground, semseg = make_tasks(["ground", "semseg"], ("floor", "wall"))
         assert (ground.outputs, ground.weight, semseg.names) == (3, 1.0, ("floor", "wall"))
         ground.weight = 7.0
     assert delta_m({"ground": {"mIoU": 0.6}}, {"ground": {"mIoU": 0.5}}) == pytest.approx(20)
+    for name in ("type", "keys", "a.b"):
+        monkeypatch.setitem(TASKS, name, Segmentation(name, 3, 1.0))
+        with pytest.raises(ValueError, match=f"a task cannot be called '{name}'"):
+            make_tasks([name], 6)

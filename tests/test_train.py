@@ -29,9 +29,8 @@ from tasks import make_tasks
 ROOT = Path(__file__).parent.parent
 # A run with these flags trains a small network for two epochs, which takes about two seconds.
 SMALL = ["--tasks", "semseg,depth,normals", "--train-rooms", "8", "--val-rooms", "3", "--size",
-         "32", "--rank", "6", "--epochs", "2", "--batch-size", "4", "--sim-images", "4",
-         "--head-epochs", "1", "--dropout", "0.1", "--drop-path", "0.1", "--device", "cpu",
-         "--log-every", "1"]
+         "32", "--rank", "6", "--epochs", "2", "--batch-size", "4", "--dropout", "0.1",
+         "--drop-path", "0.1", "--device", "cpu", "--log-every", "1"]
 ALL = ["semseg", "depth", "normals"]
 TREE = [[ALL], [ALL], [["semseg", "depth"], ["normals"]], [[task] for task in ALL]]
 
@@ -160,10 +159,10 @@ def test_tree_only_ends_with_the_same_tree(whole, tmp_path):
     assert "already exists" in message and "--resume" not in message    # no last.pt to resume
 
 
-def test_a_baseline_gives_delta_m_and_must_be_of_the_same_dataset(whole, tmp_path, capsys):
+def test_a_baseline_gives_delta_m_and_must_be_of_the_same_images(whole, tmp_path, capsys):
     """A run whose baseline is an identical run has a delta-m of 0 (eq. 7).
 
-    A baseline from a different dataset is an error.
+    A baseline from another dataset, or from other validation images, is an error.
     """
     out, _ = whole
     metrics = run("--out", tmp_path / "run", "--baseline", out / "metrics.json", "--tree",
@@ -173,7 +172,12 @@ def test_a_baseline_gives_delta_m_and_must_be_of_the_same_dataset(whole, tmp_pat
     for dataset in ("nyud", "pascal"):
         path = ROOT / f"baselines/{dataset}.json"
         message = refused("--out", tmp_path / "other", "--baseline", path)
-        assert f"is a run on {dataset}, not on rooms" in message
+        assert f"has dataset {dataset}, but this run has dataset rooms" in message
+    for flags, message in ((["--val-rooms", "2"], "number of images 3, but this run has number of"),
+                           (["--size", "40"], "has size [32, 32], but this run has size [40, 40]"),
+                           (["--no-night"], "has night True, but this run has night False")):
+        flags = [*flags, "--out", tmp_path / "other", "--baseline", out / "metrics.json"]
+        assert message in refused(*flags)
 
 
 @pytest.mark.parametrize("rmse", [0, None])
@@ -206,7 +210,7 @@ def test_the_validation_score_is_delta_m_or_minus_the_loss(delta_m, loss, score)
 
 
 # --- interruptions --------------------------------------------------------------------------------
-def test_an_interrupted_run_ends_as_an_uninterrupted_one(whole, tmp_path, monkeypatch):
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(whole, tmp_path, monkeypatch, capsys):
     """A run that is interrupted in its second epoch and then resumed equals an uninterrupted run.
 
     Checkpoints must be equal exactly. Log lines of steps after the step of last.pt are dropped.
@@ -214,8 +218,10 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(whole, tmp_path, monkey
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
         interrupt_after(patch, "train_step", 3)
-        with pytest.raises(SystemExit, match="--resume continues"):
+        with pytest.raises(SystemExit) as stop:
             run("--out", out)
+    assert stop.value.code == 130               # as a shell does after Ctrl-C
+    assert f"interrupted; --out {out} --resume continues" in capsys.readouterr().err
     assert len(log_lines(out)) == 3 and read(out / "last.pt")["step"] == 2
     (out / "tree.json").unlink()                # as if the run had stopped before writing the tree
     with open(out / "log.jsonl", "a") as log:
@@ -470,27 +476,26 @@ def test_a_loss_that_is_not_finite_names_its_task(tree_file, tmp_path, monkeypat
     assert read(tmp_path / "run/last.pt")["step"] == 0
 
 
-def test_decoders_that_diverge_are_reported(tmp_path):
+def test_decoders_that_diverge_are_reported(tmp_path, monkeypatch):
     """If the similarity's decoders end up with NaN, the error suggests a lower --head-lr."""
-    message = refused("--out", tmp_path / "run", "--head-lr", "10", "--head-epochs", "40",
-                      "--tasks", "depth,normals", "--groups", "1,1,1,2",
-                      main=diverging(train.main))
+    def broken(model, *args, **kwargs):
+        next(model.decoders.parameters()).data.fill_(math.nan)
+    monkeypatch.setattr(train, "finetune_decoders", broken)
+    message = refused("--out", tmp_path / "run")
     assert "finite" in message and "--head-lr" in message
 
 
-def diverging(main):
-    """Wrap `main`: it always measures the similarity, and puts NaN into the trained decoders."""
-    def called(argv):
-        real = train.finetune_decoders
-
-        def broken(model, *args, **kwargs):
-            real(model, *args, **kwargs)
-            next(model.decoders.parameters()).data.fill_(math.nan)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train, "finetune_decoders", broken)
-            patch.setattr(train, "known_tree", lambda config: None)
-            return main(argv)
-    return called
+@pytest.mark.parametrize("amp, expected", [
+    ("off", None), ("bf16", torch.bfloat16), ("fp16", None)])
+def test_decoders_are_trained_without_fp16(amp, expected, monkeypatch):
+    """The decoders for the similarity have no loss scaler, so fp16 is replaced by float32."""
+    seen = []
+    monkeypatch.setattr(train, "finetune_decoders", lambda *args, **kwargs: seen.append(args[5]))
+    config = parse_arguments(SMALL)
+    config.amp = amp
+    tasks = make_tasks(config.tasks, 7)
+    train.train_decoders(config, tasks, range(8), torch.device("cpu"))
+    assert seen == [expected]
 
 
 # --- photographs ----------------------------------------------------------------------------------
@@ -566,7 +571,8 @@ def test_two_images_can_be_learned_by_heart(real_nyud_archive, tmp_path):
 ])
 def test_wrong_settings_end_in_one_line(flags, message, tmp_path):
     """The error is one line about the wrong setting, and the run's folder is not created."""
-    assert message in refused(*flags, "--out", tmp_path / "run")
+    small = [] if "--dataset" in flags else SMALL       # SMALL has flags of rooms
+    assert message in refused(*flags, "--out", tmp_path / "run", small=small)
     assert not (tmp_path / "run").exists()
 
 
@@ -628,7 +634,7 @@ def test_checkpoints_that_do_not_fit_are_refused(whole, tmp_path):
     bad.write_bytes(data)
     assert "is damaged" in message(bad)
     torch.save({"weights": 1}, bad)
-    assert "is not a checkpoint of train.py" in message(bad)
+    assert "is not a checkpoint of this version of train.py" in message(bad)
     assert "was trained on a different backbone" in message(good, "--weights", "none")
     state = read(good)
     state["model"].pop(next(iter(state["model"])))

@@ -1,7 +1,10 @@
 """Tests of weights.py: files in the published layouts are loaded completely or not at all.
 Downloads come from a local server."""
 
+import argparse
 import hashlib
+import math
+import re
 
 import pytest
 import torch
@@ -96,6 +99,34 @@ def test_incomplete_weights_are_refused_by_name(official, tmp_path, name, value,
     assert_same(model.state_dict(), before)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, True, 1, 1j])
+def test_only_finite_floating_point_numbers_are_loaded(official, tmp_path, value):
+    """NaN, infinity, and tensors of bools, integers or complex numbers are refused by name."""
+    name = "patch_embed.norm.weight"
+    state = {**official, name: torch.full((16,), value)}
+    with pytest.raises(ValueError, match=f"1 not finite floating-point numbers: {name}"):
+        loaded(save(tmp_path, state))
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "backbone."])
+def test_a_prefix_of_all_names_is_named(official, tmp_path, prefix):
+    """If all names in a file have a prefix, the error says which one to remove."""
+    state = {prefix + key: value for key, value in small_swin().state_dict().items()}
+    with pytest.raises(ValueError, match=f"Remove the prefix '{prefix}' from the names"):
+        loaded(save(tmp_path, state))
+
+
+def test_a_file_with_more_than_tensors_says_how_to_mend_it(official, tmp_path):
+    """A checkpoint that also holds an object is refused with a line of code that saves its weights.
+    """
+    path = save(tmp_path, {"model": official, "config": argparse.Namespace(lr=1.0)})
+    with pytest.raises(ValueError, match="or holds more than tensors") as error:
+        loaded(path)
+    code = re.search(r"torch\.save\(.*\)", str(error.value))[0]
+    exec(code.replace("'weights.pth'", repr(str(path))))
+    assert_same(loaded(path), official)
+
+
 def test_a_damaged_file_is_refused(official, tmp_path):
     """A file is refused if a bit was flipped, if it is not a checkpoint, or if it holds a list."""
     path = save(tmp_path, official)
@@ -103,7 +134,7 @@ def test_a_damaged_file_is_refused(official, tmp_path):
     raw[len(raw) // 2] ^= 1
     for content in (raw, b"no checkpoint"):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="weights.pth is damaged, is not a PyTorch check"):
+        with pytest.raises(ValueError, match="weights.pth is damaged, or"):
             loaded(path)
     with pytest.raises(ValueError, match="weights.pth holds a list; expected a dict of tensors"):
         loaded(save(tmp_path, [1, 2]))
@@ -137,7 +168,8 @@ def test_imagenet_is_downloaded_once(official, monkeypatch, server, cache):
     assert_same(loaded("imagenet"), official)
     path.unlink()
     assert_same(loaded("imagenet"), official)
-    with pytest.raises(ValueError, match=f"cannot download {address}/swin_small.pth: .*404.*by h"):
+    with pytest.raises(ValueError, match=f"cannot download {address}/swin_small.pth: .*404.*"
+                                         "--weights PATH, or .* --weights none"):
         loaded("imagenet", "small")
 
 

@@ -531,7 +531,7 @@ def test_a_quick_study_is_compared_with_the_recorded_values(tmp_path, monkeypatc
 
 # --- a tiny study, killed and continued -----------------------------------------------------------
 TINY = ("--tasks semseg,depth,normals --size 32 --train-rooms 6 --val-rooms 2 "
-        "--batch-size 2 --sim-images 3 --head-epochs 1 --device cpu").split()
+        "--batch-size 2 --device cpu").split()
 DRIVER = """
 from extras import study
 
