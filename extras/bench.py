@@ -34,9 +34,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import swin_t
 
 from data import CLASSES
-from grouping import build_tree
 from model import build
-from recipes import parse_arguments
+from recipes import parse_arguments, uneven_tree
 from swin import build_swin
 from tasks import make_tasks
 from train import make_optimizer, train_step
@@ -146,8 +145,7 @@ def step_row(args: argparse.Namespace, flags: str) -> Row:
     before = torch.cuda.memory_allocated() if on_gpu else 0
     config = parse_arguments(["--dataset", "pascal", "--weights", "none", *flags.split()])
     tasks = make_tasks(config.tasks, CLASSES["pascal"])
-    tree = build_tree(np.zeros((len(tasks), len(tasks))), config.groups)
-    model = build(config, tasks, tree).to(args.device).train()
+    model = build(config, tasks, uneven_tree(config)).to(args.device).train()
     image, labels = noise(args)
     operations = count_operations(model, image, args.amp)
     gmacs = count_gmacs(model, image, args.amp)

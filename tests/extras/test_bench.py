@@ -10,6 +10,9 @@ from torch import nn
 
 from extras import bench
 from extras.bench import Row
+from model import build
+from recipes import parse_arguments, uneven_tree
+from tasks import make_tasks
 
 
 def test_views_and_empty_memory_are_not_counted():
@@ -55,6 +58,16 @@ class Attention(nn.Module):
     def forward(self, x):
         x = self.qkv(x)
         return F.scaled_dot_product_attention(x, x, x)
+
+
+@pytest.mark.parametrize("groups, most", [("1,2,3,4", 1650), ("1,1,1,1", 1450)])
+def test_adapters_need_few_operations(groups, most):
+    """A training step of TGLoRA and of MTL-LoRA needs few operations: 1,534 and 1,332 with PyTorch
+    2.14. Other versions may need a few more, but not twice as many."""
+    config = parse_arguments(["--dataset", "pascal", "--weights", "none", "--groups", groups])
+    tasks = make_tasks(config.tasks, 21)
+    model = build(config, tasks, uneven_tree(config)).train()
+    assert sum(bench.count_operations(model, torch.randn(1, 3, 112, 112))) <= most
 
 
 def test_the_products_of_a_fused_attention_kernel_are_counted():
