@@ -30,7 +30,7 @@ LESSON = Path(__file__).parent.parent / "lesson.py"
 
 
 @pytest.fixture(scope="module")
-def lesson():
+def lesson(tmp_path_factory):
     """Run the lesson in float64 on fewer rooms and with 8 steps of training.
 
     Yields all names that it defines, what it prints in `output`, and copies of its networks in
@@ -41,6 +41,7 @@ def lesson():
     copies = {}
     output = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("lesson"))      # where it draws its pictures
         torch.set_default_dtype(torch.float64)
         # The lesson and the losses in tasks.py call `Tensor.float`. Here it must give float64.
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)
@@ -64,10 +65,13 @@ def lesson():
 
 
 @pytest.fixture(scope="module")
-def printed():
-    """What `python lesson.py` prints, by cell."""
-    run = subprocess.run([sys.executable, LESSON], cwd=LESSON.parent, capture_output=True,
-                         text=True, check=True)
+def printed(tmp_path_factory):
+    """What `python lesson.py` prints, by cell. It also draws three pictures."""
+    folder = tmp_path_factory.mktemp("printed")
+    run = subprocess.run([sys.executable, LESSON], cwd=folder, capture_output=True, text=True,
+                         check=True)
+    pictures = sorted(path.name for path in folder.glob("runs/lesson/*.png"))
+    assert pictures == ["predictions.png", "rooms.png", "tree.png"]
     return dict(re.findall(r"^(\d)\. (.*?)(?=^\d\. |\Z)", run.stdout, re.M | re.S))
 
 
