@@ -16,13 +16,13 @@ TASKS = ["human_parts", "sal", "depth", "normals"]
 TREE = [[TASKS], [TASKS[:2], TASKS[2:]], [TASKS[:2], ["depth"], ["normals"]],
         [[task] for task in TASKS]]
 RANK = 20
-WIDTH, HEIGHT = 980, 450
+WIDTH, HEIGHT = 1000, 430
 FROZEN = "#e4e4e4"
 # The first task of a group chooses its colour: people and salient objects warm, geometry cold.
 COLOURS = {"human_parts": "#ffd9a8", "sal": "#ffeeb0", "depth": "#bfe3c0", "normals": "#bcdcf5"}
 
 
-def text(x: float, y: float, words: str, size: int = 14, anchor: str = "middle") -> str:
+def text(x: float, y: float, words: str, size: int = 13, anchor: str = "middle") -> str:
     return (f'<text x="{x}" y="{y}" font-size="{size}" text-anchor="{anchor}" '
             f'dominant-baseline="central">{words}</text>')
 
@@ -40,37 +40,37 @@ def line(x: float, top: float, bottom: float, to: float | None = None) -> str:
 
 def draw_tree(left: float, top: float) -> list[str]:
     """The four stages from top to bottom, each with one box per group, then the decoders."""
-    column, row, height = 105, 74, 44
+    column, row, height = 108, 74, 44
     parts = [text(left, top - 32, "The tree: tasks in one box share their adapters", 16, "start")]
     for i, partition in enumerate(TREE):
         y = top + i * row
         parts.append(text(left, y + height / 2, f"stage {i + 1}", anchor="start"))
-        parts.append(box(left + 60, y - 7, 4 * column, height + 14, FROZEN))
+        parts.append(box(left + 76, y - 7, 4 * column, height + 14, FROZEN))
         ranks = split_rank(RANK, [len(group) for group in partition])
         for group, rank in zip(partition, ranks):
-            first = left + 60 + column * TASKS.index(group[0])
+            first = left + 76 + column * TASKS.index(group[0])
             width = column * len(group)
             colour = COLOURS[group[0]] if len(group) < len(TASKS) else "#f3e3f7"
             parts.append(box(first + 6, y, width - 12, height, colour))
-            parts.append(text(first + width / 2, y + 14, ", ".join(group)))
+            parts.append(text(first + width / 2, y + 14, ", ".join(group), 13))
             parts.append(text(first + width / 2, y + 32, f"A, B of rank {rank}", 12))
             below = TREE[i + 1] if i < 3 else [[task] for task in TASKS]
             for child in below:
                 if child[0] in group:
-                    x = left + 60 + column * (TASKS.index(child[0]) + len(child) / 2)
+                    x = left + 76 + column * (TASKS.index(child[0]) + len(child) / 2)
                     parts.append(line(first + width / 2, y + height, y + row, x))
     y = top + 4 * row
     parts.append(text(left, y + 14, "decoders", anchor="start"))
     for i, task in enumerate(TASKS):
-        parts.append(box(left + 66 + column * i, y, column - 12, 28, COLOURS[task], task))
+        parts.append(box(left + 82 + column * i, y, column - 12, 28, COLOURS[task], task))
     return parts
 
 
 def draw_layer(left: float, top: float, groups: Sequence[Sequence[str]]) -> list[str]:
     """One linear layer: the groups' inputs in one batch, W, the adapters and the outputs."""
     column = 120
-    parts = [text(left, top - 32, "One linear layer of stage 3: groups folded into the batch", 16,
-                  "start")]
+    title = "A linear layer of stage 3: its groups in one batch"
+    parts = [text(left, top - 32, title, 16, "start")]
     for g, group in enumerate(groups):
         x, colour = left + g * column, COLOURS[group[0]]
         middle = x + column / 2
@@ -83,8 +83,8 @@ def draw_layer(left: float, top: float, groups: Sequence[Sequence[str]]) -> list
                   box(x, top + 270, column, 50, colour, f"y{sub}")]
     parts.append(box(left - 10, top + 86, column * len(groups) + 20, 50, FROZEN,
                      "W x: frozen, one product for the whole batch"))
-    parts.append(text(left, top + 342, "Grey: frozen. Coloured: trained, one A and B per group.",
-                      13, "start"))
+    parts.append(text(left, top + 342, "Grey is frozen. Each group has a colour, and its own A and "
+                      "B.", anchor="start"))
     return parts
 
 
@@ -93,7 +93,7 @@ def main() -> None:
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" '
              f'viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif">',
              f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
-             *draw_tree(20, 70), *draw_layer(580, 70, TREE[2]), "</svg>"]
+             *draw_tree(20, 70), *draw_layer(600, 70, TREE[2]), "</svg>"]
     PATH.write_text("\n".join(parts) + "\n", encoding="utf-8")
 
 
