@@ -34,7 +34,8 @@ def anchors(path):
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 def test_links_lead_to_files_and_headings(page):
     """Relative links and pictures point to files and headings that exist."""
-    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if re.match(r"\w+:", target):       # another website
             continue
         name, _, heading = target.partition("#")
@@ -52,7 +53,7 @@ def test_the_printed_cost_is_that_of_cost_py(capsys):
 
 @pytest.mark.slow
 def test_the_demonstration_gives_the_shown_results(tmp_path):
-    """`python train.py` gives the tree, the parameter counts and the results in README.md.
+    """`python train.py` gives the parameter counts and results in README.md, and RUNS.md's tree.
 
     Results of constant predictions agree to 1e-4. Those of the network depend on the processor, so
     they only agree to 10 %.
@@ -66,9 +67,17 @@ def test_the_demonstration_gives_the_shown_results(tmp_path):
         assert metrics["reference"][task][metric] == pytest.approx(float(constant), abs=1e-4)
     for i, stage in enumerate(metrics["tree"], 1):
         groups = " ".join("{" + ", ".join(group) + "}" for group in stage)
-        assert f"stage {i}   {groups}" in PAGE["README"]
+        assert f"stage {i}   {groups}" in PAGE["RUNS"]
     counts = [f"{metrics[name]:,}" for name in ("adapters", "decoders", "trainable", "total")]
     assert re.search("adapters {} .*decoders {} .*= {} of {}".format(*counts), PAGE["README"])
+
+
+def test_the_lengths_of_files_are_right():
+    """README.md shows the number of lines of every core file."""
+    shown = dict(re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", PAGE["README"], re.M))
+    lengths = {path.name: str(len(path.read_text(encoding="utf-8").splitlines()))
+               for path in ROOT.glob("*.py")}
+    assert shown == lengths
 
 
 # --- commands and snippets ------------------------------------------------------------------------
