@@ -226,7 +226,7 @@ RECIPES = {dataset: {knob.name: getattr(knob, dataset)
 BDTA = dict(batch_size=8, lr=4e-4, weight_decay=1e-4, warmup=0, dropout=0, drop_path=0)
 
 # Flags that a method or a dataset would ignore. Giving one is an error.
-NO_GROUPS = {"groups", "tree", "layers", "last_rank"}
+NO_GROUPS = {"groups", "tree", "tree_only", "layers", "last_rank"}
 UNUSED = {
     "tglora": set(),
     "mtlora": NO_GROUPS,

@@ -282,7 +282,7 @@ class Depth:
 class Normals:
     """Surface normals. The metric is the mean angle between prediction and ground truth in degrees.
 
-    Trap: papers on multi-task learning often report this mean angle under the name "rmse".
+    Pitfall: papers on multi-task learning often report this mean angle under the name "rmse".
     """
 
     name = "normals"

@@ -291,6 +291,7 @@ def test_values_are_read_as_documented(flag, name, value):
     ("--method decoders --layers attn", "--layers has no effect"),
     ("--method bdta --fused 1,1,1,1", "--fused has no effect"),
     ("--method mtlora --groups 1,1,1,1", "--groups has no effect"),
+    ("--method bdta --tree-only", "--tree-only has no effect"),
     ("--method full --head-epochs 2", "--head-epochs has no effect with a tree that is known"),
     ("--groups 1,1,1,4 --sim-images 2", "--sim-images has no effect with a tree that is known"),
     ("--tree tree.json --head-lr 1", "--head-lr has no effect with a tree that is known"),
