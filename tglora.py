@@ -13,7 +13,8 @@ is plain LoRA.
 To adapt a whole backbone, cut it into stages: `add_adapters` wraps the linear layers of a stage,
 and `run_stages` runs the stages in order and branches before each one as the tree of tasks says.
 
-Shapes: B batch, G groups, r rank, k inputs, d outputs, N rows per group (all tokens of B images).
+Shapes: B batch, G groups, r rank, R sum of all ranks, k inputs, d outputs, N rows per group (all
+tokens of B images).
 References: arXiv 2509.19602, section 3.2; LoRA, arXiv 2106.09685.
 """
 
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 
 class TGLoRALinear(nn.Module):
@@ -56,13 +58,16 @@ class TGLoRALinear(nn.Module):
         if self.bias is not None:
             self.bias.requires_grad_(False)
 
+        R = sum(ranks)
         precision = torch.promote_types(self.weight.dtype, torch.float32)
         bound = k ** -0.5  # A starts as the weight of nn.Linear(k, r) does
-        A = self.weight.new_empty(sum(ranks), k, dtype=precision).uniform_(-bound, bound)
-        B = self.weight.new_zeros(sum(ranks), d, dtype=precision)  # training starts from W x + b
+        A = self.weight.new_empty(R, k, dtype=precision).uniform_(-bound, bound)
+        B = self.weight.new_zeros(R, d, dtype=precision)  # so training starts from W x + b
         self.lora_A = nn.Parameter(A)
         self.lora_B = nn.Parameter(B)
-        rows = padded_rows(ranks).to(self.weight.device)
+        # The numbers of each group's rows, (G, r). Smaller ranks are filled up with row R.
+        rows = torch.arange(R, device=self.weight.device).split(self.ranks)
+        rows = pad_sequence(rows, batch_first=True, padding_value=R)
         self.register_buffer("rows", rows, persistent=False)
         self.train(linear.training)
 
@@ -98,14 +103,14 @@ class TGLoRALinear(nn.Module):
         return torch.baddbmm(y, low_rank_x, B_transposed.to(x.dtype), alpha=self.scale)
 
     def by_group(self, rows: Tensor) -> Tensor:
-        """The rows of each group: (sum of ranks, n) -> (G, r, n), smaller ranks padded with zeros.
+        """The rows of each group: (R, n) -> (G, r, n), smaller ranks padded with zeros.
 
         On a GPU, the time of a training step depends on the number of operations. Here, there are
         few: equal ranks need only a view, and other ranks one gather for all groups.
         """
         if len(set(self.ranks)) == 1:
             return rows.unflatten(0, (len(self.ranks), -1))
-        with_zeros = F.pad(rows, (0, 0, 0, 1))                        # (sum of ranks + 1, n)
+        with_zeros = F.pad(rows, (0, 0, 0, 1))                        # row R is zero
         return F.embedding(self.rows, with_zeros)
 
     def macs(self, rows: int) -> tuple[int, int]:
@@ -136,18 +141,6 @@ class TGLoRALinear(nn.Module):
         self.weight = nn.Parameter(torch.stack(merged), requires_grad=False)
         del self.lora_A, self.lora_B
         self.merged = True
-
-
-def padded_rows(ranks: Sequence[int]) -> Tensor:
-    """Which row of `lora_A` and `lora_B` is row i of group g: (G, r), for `by_group`.
-
-    Smaller ranks have no such row for the last i, and get sum(ranks), the number of a row of zeros.
-    """
-    total = sum(ranks)
-    rows = torch.full((len(ranks), max(ranks)), total)
-    for g, indices in enumerate(torch.arange(total).split(list(ranks))):
-        rows[g, :len(indices)] = indices
-    return rows
 
 
 def split_rank(rank: int, group_sizes: Sequence[int]) -> tuple[int, ...]:
