@@ -1,4 +1,4 @@
-"""Six exercises. Replace a `raise NotImplementedError`, then check your answer:
+"""Seven exercises. Replace a `raise NotImplementedError`, then check your answer:
 
     python -m pytest tests/test_exercises.py -k yours
 
@@ -12,15 +12,17 @@ from grouping import Partition
 from tglora import TGLoRALinear
 
 
-def elementwise_similarity(g: Tensor, g_other: Tensor) -> Tensor:
-    """1. Eq. 2 with Task2Vec's normalisation: divide each entry of both gradients (P,) by the sum
-    of the two absolute values at that position, and take the cosine of the results. (Assume
-    that no entry is 0.)"""
+def two_gradients() -> tuple[Tensor, Tensor]:
+    """1. Task2Vec divides each entry of both gradients by the sum of the two absolute values at
+    that position before it takes the cosine. Return two gradients (P,) whose similarity is above
+    0.9 by this measure, but below 0.1 by eq. 2. No entry may be 0."""
     raise NotImplementedError
 
 
-def merged_weight(layer: TGLoRALinear, group: int) -> Tensor:
-    """2. The single weight (d, k) that replaces W and the adapter of this group."""
+def layer_for(layer: TGLoRALinear, partition: Partition, tasks: list[int]) -> nn.Linear | None:
+    """2. You ship a product that needs only some of the tasks. `partition` has the groups of the
+    layer's stage. Return one nn.Linear that computes the adapted layer's output for these tasks, or
+    None if they need more than one. Do not change `layer`, and assume that it has a bias."""
     raise NotImplementedError
 
 
@@ -39,8 +41,14 @@ def extreme_trees(num_tasks: int) -> tuple[list[Partition], list[Partition]]:
 
 def person_task() -> tuple[object, object]:
     """5. A seventh task for rooms: is there a person at this pixel? Return a task (as in tasks.py)
-    called "person" with two classes, and a function that makes its label (H, W) from a sample of
-    rooms.render_room."""
+    called "person", and a function that makes its label (H, W) from a sample of rooms.render_room:
+    1 is a person, 0 is not.
+
+    Only about 10 % of the pixels show a person. Choose a loss for which missing everybody is about
+    as bad as seeing a person everywhere (up to a factor of 3). The task has one output, as
+    Saliency does, or two. Then choose the task's weight in eq. 8: for a prediction of zeros,
+    weight * loss should be between 1 and 5, as it is for human_parts, depth and normals.
+    """
     raise NotImplementedError
 
 
@@ -59,3 +67,11 @@ class TGLoRAConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (G*B, C, H, W), group after group -> (G*B, C', H', W')."""
         raise NotImplementedError
+
+
+def another_tree() -> list[list[list[str]]]:
+    """7. Choose a tree of the demonstration's four tasks with groups 1,2,2,4. It must differ from
+    the cosine's tree, whose stages 2 and 3 have the groups {human_parts, sal} {depth, normals}.
+    Return it in the form of "tree" in tree.json: a list of stages, each a list of groups, each a
+    list of task names."""
+    raise NotImplementedError
