@@ -24,6 +24,18 @@ PAGE = {path.stem: path.read_text(encoding="utf-8") for path in PAGES}
 NUMBER = r"([\d.]+)"
 
 
+def read_table(first):
+    """Read the table in docs/RESULTS.md whose first column has the head `first`.
+
+    Returns one dict per row, from the head of each column to the cell, without backticks.
+    """
+    text = PAGE["RESULTS"]
+    lines = text[text.index(f"\n| {first} |"):].strip().partition("\n\n")[0].splitlines()
+    cells = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines]
+    heads, _, *rows = cells
+    return [dict(zip(heads, row, strict=True)) for row in rows]
+
+
 # --- links ----------------------------------------------------------------------------------------
 def anchors(path):
     """The anchors that GitHub makes from the headings of a page, for links such as #results."""
