@@ -122,11 +122,11 @@ class Decoder(nn.Module):
     def forward(self, maps):
         parts = []
         for project, x in zip(self.fuse, maps):
-            x = project(x.permute(0, 3, 1, 2))                  # (B, f, h, w)
+            x = project(x.permute(0, 3, 1, 2))                  # (n, f, h, w)
             size = parts[0].shape[2:] if parts else x.shape[2:]
             parts.append(F.interpolate(x, size, mode="bilinear"))
         x = self.head(torch.cat(parts, 1))
-        return F.interpolate(x, (SIZE, SIZE), mode="bilinear")  # (B, outputs, H, W)
+        return F.interpolate(x, (SIZE, SIZE), mode="bilinear")  # (n, outputs, H, W)
 
 
 def loss_of(task, pred, label):
@@ -185,7 +185,7 @@ def fit(decoders, adapters, maps_of, steps):
 
 
 # Gradients that reach the backbone through an untrained decoder are mostly noise. So the decoders
-# are trained first (section 4.4).
+# are trained first, with one pass over the training rooms (section 4.4).
 print("\n3. Training decoders:")
 decoders = new_decoders()
 fit(decoders, [], frozen_maps_of, STEPS // 2)
@@ -194,7 +194,8 @@ fit(decoders, [], frozen_maps_of, STEPS // 2)
 # Take one image and one task, and ask: in which direction would this task change the backbone's
 # weights? Against the gradient of its loss. If two tasks would change the weights in the same
 # direction, sharing weights should help both. So we measure the cosine of the angle between their
-# gradients.
+# gradients, on 16 of the training rooms. As in the paper, the gradients of all weights of the
+# backbone count, although only adapters will be trained, and one similarity serves all stages.
 
 backbone.requires_grad_(True)                   # only to get gradients; nothing is updated
 backbone_weights = list(backbone.parameters())
@@ -277,9 +278,11 @@ for partition in sorted(two_groups, key=score, reverse=True):
 # Our tree has 1, 2, 3 and 4 groups in its four stages (section 4.4). It is built from the last
 # stage to the first. In the last stage every task is alone. Algorithm 1 then merges two groups at a
 # time: the pair that gives the partition with the highest score. Tasks that are together in a stage
-# are therefore together in every earlier stage. (As printed, Algorithm 1 only accepts scores above
-# 0, so it would find nothing if all similarities were negative. `max` has no such limit. And its
-# line 6 says P where Q is meant, so a second merge would undo the first.)
+# are therefore together in every earlier stage. They have to be: a group has a single input, which
+# its tasks share from the first stage on.
+# Algorithm 1 has two misprints. It only accepts scores above 0, so it would find nothing if all
+# similarities were negative. And each merge starts again from the first partition, P, where the
+# latest one, Q, must be meant. Otherwise a second merge would undo the first.
 partition = [(t,) for t in range(T)]
 tree = [partition]
 while len(partition) > 1:
@@ -306,7 +309,9 @@ draw_tree(PICTURES / "tree.png", PICTURES / "tree.json")
 # %% 6. The adapter (eq. 4)
 # A linear layer computes y = W x + b. We leave W and b as they are and add a product of two thin
 # matrices: y = W x + b + gamma B (A x). A maps the input to r numbers, B maps them to the output
-# size. B starts at zero, so at first the adapted layer's output is that of the frozen layer.
+# size. Together they have r (inputs + outputs) numbers, W has inputs times outputs. B starts at
+# zero, so at first the adapted layer's output is that of the frozen layer. A starts at random:
+# if both were zero, neither would get a gradient.
 
 GAMMA, RANK = 4, 12                             # RANK is divided among the groups of a stage
 
@@ -383,9 +388,8 @@ for i, (partition, feature_map) in enumerate(zip(tree, walk(image[:4])["normals"
 # for as many steps. Then we compare their losses on rooms that neither has seen. (The control's
 # learning rate is not to blame: of six others, the best improved its total loss by only 0.04.) In
 # the paper's table 1, on PASCAL, decoders only lose 9.95 percent against fully trained networks,
-# one per task, and TGLoRA gains 3.97 percent.
-# The program also starts with new decoders; those of cell 3 have done their work. There, the
-# control is `python train.py --method decoders`, and decoders and adapters share a learning rate.
+# one per task, and TGLoRA gains 3.97 percent. Both trainings start with new decoders, as in the
+# program; those of cell 3 have done their work.
 
 
 def adapted_maps_of(rows):
@@ -423,9 +427,10 @@ draw_grid(PICTURES / "predictions.png", ["image", *TASKS], figure, drawn_tasks)
 
 # %% 9. The trick in tglora.py: groups are folded into the batch
 # `walk` runs every stage once per group, on a small batch. But W is the same for all groups. So the
-# program runs each stage only once, on one batch of G * B images that holds the groups one after
-# another (tglora.py). With our tree, four large calls replace 1 + 2 + 3 + 4 = 10 small ones. Norms,
-# attention and W x work unchanged. Inside a stage, only the adapters take the batch apart.
+# program runs each stage only once, on one batch of G * n images that holds the n images of every
+# group, one group after another (tglora.py). With our tree, four large calls replace 1 + 2 + 3 + 4
+# = 10 small ones. Norms, attention and W x work unchanged, because they never mix images. (A
+# BatchNorm in the backbone would.) Inside a stage, only the adapters take the batch apart.
 
 
 def folded_forward(self, x):
@@ -442,7 +447,7 @@ def walk_folded(image):
     maps = {task: [] for task in TASKS}
     print("   image", tuple(image.shape))
     for i, (stage, partition) in enumerate(zip(backbone.layers, tree)):
-        y = stage(torch.cat([x[group[0]] for group in partition]))      # (G * B, h, w, c)
+        y = stage(torch.cat([x[group[0]] for group in partition]))      # (G * n, h, w, c)
         print(f"   stage {i + 1}: {len(partition)} x {len(image)} images -> {tuple(y.shape)}")
         for group, part in zip(partition, y.split(len(image))):
             for t in group:
@@ -453,7 +458,7 @@ def walk_folded(image):
 
 # Folding must not change a prediction. But that would also be true if the adapters did nothing. So
 # we also look at the trained B, and at how much a prediction changes if the decoder of a task reads
-# the maps of another task, which were made by the adapters of other groups.
+# the maps of another task, which other groups' adapters have made, at least in the last stage.
 backbone.double()                               # double precision, so that numbers that should be
 decoders.double()                               # equal agree to many digits
 some = image[:4].double()
