@@ -282,16 +282,18 @@ def warp(batch: dict[str, Tensor], size: Sequence[int], device: torch.device | s
     centre = send(centre)[:, None]
     angle = send(angle).deg2rad()
 
-    # The position of each pixel's centre in the cut: x and y from -1 to 1.
+    # The position of the centre of each new pixel: x and y from -1 to 1.
     x = (torch.arange(w, device=device) + 0.5) * (2 / w) - 1
     y = (torch.arange(h, device=device) + 0.5) * (2 / h) - 1
-    cut = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).view(-1, 2)      # (h*w, 2)
+    position = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).view(-1, 2)     # (h*w, 2)
 
-    # The same position in pixels of the image: flip and turn, zoom, move.
-    half = send(batch["size"]).flip(1).float()[:, None] / 2   # (B, 1, 2): half of W and H
+    # The same position in pixels of the image.
+    height_width = send(batch["size"]).float()
+    half = height_width[:, [1, 0]][:, None] / 2               # (B, 1, 2): x comes first
     cos, sin = angle.cos(), angle.sin()
     turn = torch.stack([cos * mirror, -sin, sin * mirror, cos], 1).view(B, 2, 2)
-    pixel = (cut * half) @ turn.mT / zoom + half * (1 + centre)                 # (B, h*w, 2)
+    turned = (position * half) @ turn.mT                      # mirror and rotate: (B, h*w, 2)
+    pixel = turned / zoom + half * (1 + centre)               # zoom, then move
     pixel = pixel.view(B, h, w, 2)
 
     # Mask everything outside the image, so that neither padding nor a repeated border shows.

@@ -92,8 +92,8 @@ draw_grid(PICTURES / "rooms.png", ["image", *TASKS],
 # through four stages. Each of the first three stages ends by merging 2x2 neighbours, so the maps
 # shrink and gain channels; the shapes printed below are those after the merging. The backbone was
 # pretrained on other rooms, to find their classes, their edges and the salient object. We never
-# change its weights. But all those rooms were photographed by day, so at night its maps are not
-# good enough, and adapting it has something to do.
+# change its weights. But all those rooms were photographed by day. It has never seen a dark, noisy
+# image, so at night its maps are not good enough. This is what adapters can improve.
 
 backbone = build_swin("mini")
 weights = torch.load(Path(rooms.__file__).parent / "assets/rooms_mini.pth", weights_only=True)
@@ -145,16 +145,16 @@ def new_decoders():
     return nn.ModuleDict({task: Decoder(OUTPUTS[task]) for task in TASKS})
 
 
-def frozen_maps_of(rows):
-    """The maps of the frozen backbone for some rows of `image`: the same maps for all tasks."""
-    maps = [feature_map[rows] for feature_map in frozen_maps]
+def frozen_maps_of(which):
+    """The frozen backbone's maps for the rooms image[which]. All tasks get the same maps."""
+    maps = [feature_map[which] for feature_map in frozen_maps]
     return dict.fromkeys(TASKS, maps)
 
 
-def losses_of(decoders, maps_of, rows):
-    """The loss of each task on some rows of `image`; maps_of(rows) returns each task's maps."""
-    maps = maps_of(rows)
-    return {task: loss_of(task, decoders[task](maps[task]), labels[task][rows]) for task in TASKS}
+def losses_of(decoders, maps_of, which):
+    """The loss of each task on the rooms image[which]; maps_of(which) returns each task's maps."""
+    maps = maps_of(which)
+    return {task: loss_of(task, decoders[task](maps[task]), labels[task][which]) for task in TASKS}
 
 
 def weighted_sum(losses):
@@ -387,13 +387,13 @@ for i, (partition, feature_map) in enumerate(zip(tree, walk(image[:4])["normals"
 # decoders only, and then decoders and adapters: from the same initial weights, on the same batches,
 # for as many steps. Then we compare their losses on rooms that neither has seen. (The control's
 # learning rate is not to blame: of six others, the best improved its total loss by only 0.04.) In
-# the paper's table 1, on PASCAL, decoders only lose 9.95 percent against fully trained networks,
-# one per task, and TGLoRA gains 3.97 percent. Both trainings start with new decoders, as in the
-# program; those of cell 3 have done their work.
+# the paper's table 1, on PASCAL, training only the decoders loses 9.95 percent against fully
+# trained networks, one per task, and TGLoRA gains 3.97 percent. Both trainings start with new
+# decoders, as in the program; those of cell 3 have done their work.
 
 
-def adapted_maps_of(rows):
-    return walk(image[rows])
+def adapted_maps_of(which):
+    return walk(image[which])
 
 
 adapters = [p for p in backbone.parameters() if p.requires_grad]

@@ -149,6 +149,6 @@ def build_mtlora(backbone: nn.Module, tasks: Sequence, config: Namespace) -> Mul
     model = MultiTaskNet(backbone, tasks, parents, group_of, config.fused)
     plus = config.method == "mtlora+"
     task_rank = config.rank if plus else 4          # section 4.1 of MTLoRA
-    mtlora.adapt(backbone, backbone.ADAPTED["attn+mlp"], len(tasks), config.rank, config.dropout,
-                 task_rank, plus)
+    mtlora.adapt(backbone, backbone.ADAPTED["attn+mlp"], num_tasks=len(tasks), rank=config.rank,
+                 dropout=config.dropout, task_rank=task_rank, plus=plus)
     return model

@@ -368,8 +368,8 @@ def as_list(value: dict | np.ndarray | list) -> list:
 
 
 # --- the datasets ---------------------------------------------------------------------------------
-# For the image and each task: the function that reads it, then the alternative files for each
-# argument of that function.
+# {dataset: {image or task: (reader, files, ...)}}. Each list of files is one argument of the reader,
+# which gets the first file that exists. {} stands for the image's name.
 LAYOUTS = {
     "nyud": {
         "image": (read_image, ["images/{}.jpg", "images/{}.png"]),

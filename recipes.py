@@ -226,18 +226,18 @@ RECIPES = {dataset: {knob.name: getattr(knob, dataset)
 BDTA = dict(batch_size=8, lr=4e-4, weight_decay=1e-4, warmup=0, dropout=0, drop_path=0)
 
 # Flags that a method or a dataset would ignore. Giving one is an error.
-NO_GROUPS = {"groups", "tree", "tree_only", "layers", "last_rank"}
+SIMILARITY_FLAGS = {"sim_images", "head_epochs", "head_lr"}
+NO_TREE = {"groups", "tree", "tree_only", "layers", "last_rank"} | SIMILARITY_FLAGS
 UNUSED = {
     "tglora": set(),
-    "mtlora": NO_GROUPS,
-    "mtlora+": NO_GROUPS,
-    "bdta": NO_GROUPS | {"rank", "dropout", "fused"},
-    "full": NO_GROUPS | {"rank", "dropout"},
-    "decoders": NO_GROUPS | {"rank", "dropout"},
+    "mtlora": NO_TREE,
+    "mtlora+": NO_TREE,
+    "bdta": NO_TREE | {"rank", "dropout", "fused"},
+    "full": NO_TREE | {"rank", "dropout"},
+    "decoders": NO_TREE | {"rank", "dropout"},
 }
 ROOM_FLAGS = {"train_rooms", "val_rooms", "room_seed", "night"}
 UNUSED_DATA = {"rooms": {"data_root", "download"}, "nyud": ROOM_FLAGS, "pascal": ROOM_FLAGS}
-SIMILARITY_FLAGS = {"sim_images", "head_epochs", "head_lr"}
 
 # Flags that may be changed when a run is resumed.
 MAY_CHANGE = {"out", "resume", "data_root", "download", "device", "workers", "cache", "log_every",
@@ -310,22 +310,23 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("groups", "fused"):
         if len(getattr(config, name)) != 4:
             parser.error(f"--{name} needs four numbers, one for each stage of the backbone")
-    useless = [name for name in typed if name in ignored_flags(config)]
-    if useless:
-        parser.error(f"--{useless[0].replace('_', '-')} has no effect with "
-                     f"{ignored_flags(config)[useless[0]]}; leave it out")
+    ignored = ignored_flags(config)
+    for name in typed:
+        if name in ignored:
+            parser.error(f"--{name.replace('_', '-')} has no effect with {ignored[name]}; leave it "
+                         "out")
     check_settings(config)
     return config
 
 
 def ignored_flags(config: argparse.Namespace) -> dict[str, str]:
-    """The flags that have no effect with these settings: {name: what makes it useless}."""
+    """The flags that have no effect with these settings: {name: reason}."""
     ignored = {}
     if config.amp == "fp16" and not config.device.startswith("cuda"):
         ignored["amp"] = f"--device {config.device}, which computes in float32 or bf16"
-    if config.tree or set(config.groups) <= {1, len(config.tasks)}:
-        ignored |= dict.fromkeys(SIMILARITY_FLAGS, "a tree that is known, because no similarity is "
-                                 "measured")
+    if config.tree or has_one_tree(config):
+        ignored |= dict.fromkeys(SIMILARITY_FLAGS, "these settings, because the tree is known and "
+                                 "no similarity is measured")
     if config.tree:
         ignored["groups"] = "--tree, which has its own groups"
     unused = UNUSED_DATA.get(config.dataset, ())
@@ -342,9 +343,7 @@ def check_settings(config: argparse.Namespace) -> None:
     make_tasks(config.tasks, 1)                 # raises ValueError if a task is unknown
     if config.weights not in ("none", *DOWNLOADS):
         find_file(config.weights)
-    tree = known_tree(config)
-    if tree is None:
-        tree = uneven_tree(config)
+    tree = known_tree(config) or uneven_tree(config)
     config.groups = tuple(len(partition) for partition in tree)
     for partition, rank in zip(tree, stage_ranks(config)):
         split_rank(rank, [len(group) for group in partition])
@@ -353,13 +352,16 @@ def check_settings(config: argparse.Namespace) -> None:
 def known_tree(config: argparse.Namespace) -> list[Partition] | None:
     """The tree, if it is known without measuring any similarity; otherwise None.
 
-    The tree is known if --tree names a file, or if every stage has one group or one group per task.
+    The tree is known if --tree names a file, or if only one tree has these numbers of groups.
     """
     if config.tree:
         return read_tree(config.tree, config.tasks)
-    if set(config.groups) <= {1, len(config.tasks)}:
-        return uneven_tree(config)
-    return None
+    return uneven_tree(config) if has_one_tree(config) else None
+
+
+def has_one_tree(config: argparse.Namespace) -> bool:
+    """Whether each stage has one group or one group per task: only one tree has such groups."""
+    return all(count in (1, len(config.tasks)) for count in config.groups)
 
 
 def uneven_tree(config: argparse.Namespace) -> list[Partition]:

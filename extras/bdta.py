@@ -86,7 +86,7 @@ class DeformableAttention(nn.Module):
         # noticeable fraction of a pixel.
         x = centres(W, query.device)[:, None, None]                         # (W, 1, 1)
         y = centres(H, query.device)[:, None, None, None]                   # (H, 1, 1, 1)
-        x = x + dx * (2 / value.shape[2])       # in grid_sample's units, a map is 2 by 2
+        x = x + dx * (2 / value.shape[2])       # grid_sample counts from -1 to 1 along each side
         y = y + dy * (2 / value.shape[1])
         grid = torch.stack([x, y], -1)                                      # (B, H, W, h, P, 2)
         grid = grid.permute(0, 3, 1, 2, 4, 5).reshape(B * h, H * W, P, 2)

@@ -28,18 +28,18 @@ def frontier(config: argparse.Namespace) -> list[tuple[Groups, float]]:
     """
     config = copy.copy(config)
     config.groups = (1, 1, 1, 1)
-    elsewhere = 0               # MACs of patch embedding and decoders
-    stages = [0, 0, 0, 0]       # MACs of each stage with one group
+    stage_macs = [0, 0, 0, 0]   # of each stage, with one group
+    other_macs = 0              # of the patch embedding and the decoders
     for path, (macs, _) in module_macs(network(config), config.size).items():
         if path.startswith("backbone.layers."):
             stage = int(path.split(".")[2])
-            stages[stage] += macs
+            stage_macs[stage] += macs
         else:
-            elsewhere += macs
+            other_macs += macs
 
     groups = list(paper_groups(len(config.tasks)))
     candidates = [tuple(groups)]
-    most_expensive_first = sorted(range(4), key=lambda stage: -stages[stage])
+    most_expensive_first = sorted(range(4), key=lambda i: stage_macs[i], reverse=True)
     while max(groups) > 1:
         for stage in most_expensive_first:
             if groups[stage] > 1:
@@ -47,9 +47,9 @@ def frontier(config: argparse.Namespace) -> list[tuple[Groups, float]]:
                 candidates.append(tuple(groups))
 
     points = []
-    for groups in candidates:
-        macs = elsewhere + sum(G * macs for G, macs in zip(groups, stages))
-        points.append((groups, macs / 1e9))
+    for candidate in candidates:
+        total = other_macs + sum(G * macs for G, macs in zip(candidate, stage_macs))
+        points.append((candidate, total / 1e9))
     return points
 
 

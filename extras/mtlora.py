@@ -39,9 +39,10 @@ TASK_SPECIFIC = ("attn.proj", "mlp.fc1", "mlp.fc2")
 
 
 class SharedProductLinear(TGLoRALinear):
-    """A linear layer whose 1 + T adapters share one frozen product, that of group 0.
+    """A linear layer with 1 + T groups, which all use the product W x_0 of group 0.
 
-    The adapters of the T tasks all have the same rank. A rank of 0 means no adapter.
+    Only their adapters read each group's own features. The adapters of the T tasks all have the
+    same rank. A rank of 0 means no adapter.
     """
 
     def forward(self, x: Tensor) -> Tensor:

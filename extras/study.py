@@ -184,28 +184,27 @@ class Study:
         folder = self.out / name
         folder.parent.mkdir(parents=True, exist_ok=True)
         log = folder.parent / f"{folder.name}.log"
-        command = [*self.flags, *flags]
-        run = {"flags": " ".join(flags)}
-        result = folder / ("tree.json" if "--tree-only" in command else "metrics.json")
-        if (folder / "last.pt").exists():
-            command = ["--resume"]
-        elif folder.exists() and not any(folder.iterdir()):
+        tree_only = "--tree-only" in flags
+        entry = {"flags": " ".join(flags)}
+        result_file = folder / ("tree.json" if tree_only else "metrics.json")
+        if folder.exists() and not any(folder.iterdir()):
             folder.rmdir()              # the run was killed before it wrote any file
-        if not result.exists():
+        all_flags = ["--resume"] if (folder / "last.pt").exists() else [*self.flags, *flags]
+        if not result_file.exists():
             with open(log, "a") as file:
-                code = subprocess.run([sys.executable, str(ROOT / "train.py"), *command, "--out",
+                code = subprocess.run([sys.executable, str(ROOT / "train.py"), *all_flags, "--out",
                                        str(folder)], stdout=file, stderr=file,
                                       env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
             if code != 0:
                 message = ["no message", *log.read_text().splitlines()][-1]
                 if "not finite" not in message:
                     raise ValueError(f"the run {name} failed: {message} (see {log})")
-                return run | {"failed": message}
-        if "--tree-only" in flags:
-            return run | {"similarity": json.loads(result.read_text())["similarity"]}
+                return entry | {"failed": message}
+        if tree_only:
+            return entry | {"similarity": json.loads(result_file.read_text())["similarity"]}
         # Report the last epoch. The best epoch would be chosen on the validation images.
-        metrics = train.read_results(result)
-        return run | {"results": metrics["last"]["results"], "trainable": metrics["trainable"]}
+        metrics = train.read_results(result_file)
+        return entry | {"results": metrics["last"]["results"], "trainable": metrics["trainable"]}
 
     def tree_file(self, name: str) -> Path:
         return self.out / "trees" / f"{name}.json"

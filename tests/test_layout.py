@@ -1,7 +1,7 @@
 """Tests of the core's imports.
 
-Importing the core does not import extras/, the files that README.md offers for copying need no
-other file of the repository, no imports are circular, and no Unix-only module is needed.
+Importing the core does not import extras/. The files that README.md lists as independent import
+nothing of ours. No imports are circular, and no Unix-only module is needed.
 """
 
 import ast

@@ -30,12 +30,12 @@ def test_views_and_empty_memory_are_not_counted():
 
 
 def test_the_work_of_a_small_network_by_hand():
-    """Forward, the network computes linear, ReLU, linear, and the loss a mean and a sum.
+    """The forward pass has five operations: linear, ReLU and linear, then a mean and a sum.
 
-    Backward, the mean makes a tensor of ones and divides it. ReLU needs one product, and each
-    linear layer a weight gradient and a bias gradient. Only the second one needs an input gradient.
-    Old gradients do not matter. If the first layer is frozen, nothing before the second one needs
-    a gradient.
+    The backward pass has eight: two for the mean, one for the ReLU, a weight gradient and a bias
+    gradient for each linear layer, and an input gradient for the second. Repeating the count gives
+    the same numbers, although gradients exist by then. If the first layer is frozen, nothing before
+    the second one needs a gradient.
     """
     first, second = nn.Linear(2, 3), nn.Linear(3, 4)
     model, x = nn.Sequential(first, nn.ReLU(), second), torch.randn(5, 2)
