@@ -368,8 +368,8 @@ def as_list(value: dict | np.ndarray | list) -> list:
 
 
 # --- the datasets ---------------------------------------------------------------------------------
-# {dataset: {image or task: (reader, files, ...)}}. Each list of files is one argument of the reader,
-# which gets the first file that exists. {} stands for the image's name.
+# {dataset: {image or task: (reader, files, ...)}}. Each list of files is one argument of the
+# reader, which gets the first file that exists. {} stands for the image's name.
 LAYOUTS = {
     "nyud": {
         "image": (read_image, ["images/{}.jpg", "images/{}.png"]),
