@@ -42,8 +42,7 @@ PASCAL_ROOMS = {
 NYUD_NUMBERS = np.array([2, 22, 1, 29, 40, 38, 31], np.uint8)
 PASCAL_NUMBERS = np.array([0, 0, 0, 9, 20, 5, 15], np.uint8)
 CONTEXT_NUMBERS = np.array([158, 3, 457, 104, 207, 1, 2], np.uint16)    # NYUD also has the first 4
-PART_NAMES = {1: ("hair", "head"), 2: ("neck", "torso"), 3: ("luarm", "ruarm"),
-              4: ("llarm", "rhand"), 5: ("luleg", "ruleg"), 6: ("lfoot", "rlleg")}
+PART_NAMES = {1: "hair", 2: "torso", 3: "luarm", 4: "rhand", 5: "ruleg", 6: "lfoot"}
 
 
 @functools.cache
@@ -126,16 +125,13 @@ def write_pascal(root: Path) -> None:
 def annotation(parts: np.ndarray) -> dict:
     """A PASCAL-Part annotation of an image with a cow and a person.
 
-    parts: (H, W), the person's body parts; if all values are 255, the image has no person. Each
-    part has one name in the left half of the image and another in the right half.
+    parts: (H, W), the person's body parts; if all values are 255, the image has no person.
     """
-    left = np.zeros(parts.shape, bool)
-    left[:, :parts.shape[1] // 2] = True
-    objects = [{"class": "cow", "parts": structs([{"part_name": "head", "mask": left * 1}])}]
+    head = {"part_name": "head", "mask": np.ones_like(parts)}
+    objects = [{"class": "cow", "parts": structs([head])}]
     masks = []
-    for number, (left_name, right_name) in PART_NAMES.items():
-        masks.append({"part_name": left_name, "mask": ((parts == number) & left) * 1})
-        masks.append({"part_name": right_name, "mask": ((parts == number) & ~left) * 1})
+    for number, name in PART_NAMES.items():
+        masks.append({"part_name": name, "mask": (parts == number) * 1})
     if (parts != 255).any():
         objects.append({"class": "person", "parts": structs(masks)})
     return {"imname": "a room", "objects": structs(objects)}

@@ -3,14 +3,14 @@
 `warp` is compared with rooms rendered by a different camera, and with a plain loop over pixels.
 """
 
+import pickle
 from argparse import Namespace
-from multiprocessing import get_all_start_methods
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from data import (CLASSES, DATASETS, Checked, collate, draw_augmentation, epoch_batches,
                   loader, open_dataset, warp)
@@ -77,7 +77,6 @@ def test_labels_may_be_arrays_without_a_channel_axis(own):
     ("things", torch.full((4, 6), -1), "contains class -1; expected 0 to 6"),
     ("height", np.full((4, 6), 1800, np.uint16), r"\(4, 6\) of uint16; expected floats.* metres"),
     ("height", torch.zeros(5, 6), r"\(5, 6\) of float32; expected \(1, 4, 6\) of floats"),
-    ("flow", torch.zeros(4, 6, 3), r"\(4, 6, 3\) of float32; expected \(3, 4, 6\) of floats"),
     ("image", torch.zeros(4, 6, 3).byte(), r"\(4, 6, 3\) of uint8; expected \(3, H, W\)"),
     ("image", torch.zeros(3, 4).byte(), r"\(3, 4\) of uint8; expected \(3, H, W\)"),
     ("image", torch.zeros(3, 4, 6), r"\(3, 4, 6\) of float32; expected \(3, H, W\) of uint8")])
@@ -90,43 +89,32 @@ def test_wrong_samples_are_refused(own, name, label, message):
         check(sample, "things" if name == "image" else name)
 
 
-def test_missing_labels_and_unknown_kinds_are_refused(own, monkeypatch):
+def test_samples_without_a_label_and_unknown_kinds_are_refused(own, monkeypatch):
     """A sample without the label of a task raises an error that names the task.
 
-    A task of an unknown kind raises an error that names its kind.
+    A sample that is a tuple (image, label), as many datasets return it, is refused. So is a task of
+    an unknown kind.
     """
     with pytest.raises(ValueError, match="sample 0: the sample has no depth; it has image, a"):
         check({"image": torch.zeros(3, 4, 6).byte(), "a": 1}, "depth")
+    with pytest.raises(ValueError, match="^photos val: sample 0: the sample is a tuple; expected"):
+        check((1, 2), "depth")
     monkeypatch.setattr(OWN["height"], "kind", "heights")
     with pytest.raises(ValueError, match="height has kind 'heights'; expected one of classes, val"):
         check({}, "height")
-
-
-@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_bad_input_in_a_users_dataset_is_one_line(workers):
-    """An OSError in a user's dataset becomes a one-line ValueError that names the sample.
-
-    If a data worker reads the sample, PyTorch puts the worker's traceback in front of the message.
-    """
-    dataset = Checked("photos val", Photos(OSError("cannot read\n  a.png")), [])
-    with pytest.raises(ValueError, match="sample 0: cannot read a.png\n?$"):
-        next(iter(loader(dataset, [[0]], workers)))
-
-
-def test_a_sample_must_be_a_dict():
-    """A tuple (image, label), as many datasets return it, is refused."""
-    with pytest.raises(ValueError, match="^photos val: sample 0: the sample is a tuple; expected"):
-        check((1, 2), "depth")
 
 
 @pytest.mark.parametrize("attribute, names, expected", [
     ("ids", ["street"], r"sample 0 \(street\)"), ("names", ("street",), r"sample 0 \(street\)"),
     ("names", ["sky", "tree"], "sample 0"), ("names", len, "sample 0")])
 def test_errors_contain_the_name_of_a_sample(attribute, names, expected):
-    """A dataset's `ids` or `names` tell the name of a sample if there is one for each sample."""
-    dataset = Photos(ValueError("no label"))
+    """An OSError in a user's dataset becomes a one-line ValueError that names the sample.
+
+    A dataset's `ids` or `names` tell the name of a sample if there is one for each sample.
+    """
+    dataset = Photos(OSError("cannot read\n  a.png"))
     setattr(dataset, attribute, names)
-    with pytest.raises(ValueError, match=f"^photos val: {expected}: no label$"):
+    with pytest.raises(ValueError, match=f"^photos val: {expected}: cannot read a.png$"):
         Checked("photos val", dataset, [])[0]
 
 
@@ -158,7 +146,8 @@ def test_datasets_are_opened_by_name(monkeypatch):
     assert not torch.equal(open_dataset(config, "train")[0]["image"], train[0]["image"])
     assert torch.equal(open_dataset(config, "val")[0]["image"], val[0]["image"])
     assert len(val) == 2 and list(val[0]) == ["image", "semseg"]
-    assert val[1]["image"].shape == (3, 9, 8)
+    copied = pickle.loads(pickle.dumps(val))            # as workers on Windows and macOS need it
+    assert torch.equal(copied[1]["image"], val[1]["image"])
     config.cache = True
     cached = open_dataset(config, "val")
     assert len(cached) == 2 and torch.equal(cached[1]["image"], val[1]["image"])
@@ -172,33 +161,13 @@ def test_datasets_are_opened_by_name(monkeypatch):
 
 
 # --- batches --------------------------------------------------------------------------------------
-def test_batches_depend_on_seed_and_epoch():
-    """Batches depend on the seed and the epoch, and an incomplete last batch is dropped.
+def test_the_batches_of_a_run_are_fixed():
+    """The order of the samples is fixed, because a resumed run must see the same batches.
 
-    The test fixes the exact order, because a resumed run must see the same batches.
+    An incomplete last batch is dropped. A dataset smaller than a batch gives batches of its size.
     """
-    batches = epoch_batches(7, 3, 2, seed=5)
-    assert batches == [[1, 4, 2], [3, 6, 5], [4, 2, 0], [6, 5, 3]]
-    assert epoch_batches(7, 3, 2, seed=6) != batches
-    assert epoch_batches(7, 3, 1, seed=5) == batches[:2]
+    assert epoch_batches(7, 3, 2, seed=5) == [[1, 4, 2], [3, 6, 5], [4, 2, 0], [6, 5, 3]]
     assert [len(batch) for batch in epoch_batches(2, 3, 2, seed=5)] == [2, 2]
-    assert sorted(sum(epoch_batches(6, 2, 1, seed=0), [])) == [0, 1, 2, 3, 4, 5]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", get_all_start_methods())
-def test_data_workers_may_start_in_any_way(method):
-    """A data worker returns the same batches as the main process, however the worker is started.
-
-    By default, workers are spawned on Windows and macOS, and forked on Linux (by a fork server
-    since Python 3.14).
-    """
-    dataset = Checked("rooms val", Rooms("val", ["sal"], 4, (16, 16)), make_tasks(["sal"], 7))
-    batches = [[2, 0], [1, 3]]
-    workers = DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=1,
-                         multiprocessing_context=method)
-    for here, there in zip(loader(dataset, batches), workers, strict=True):
-        assert all(torch.equal(here[name], there[name]) for name in here)
 
 
 # --- augmentation ---------------------------------------------------------------------------------
@@ -224,8 +193,7 @@ def test_augmentation_draws_from_the_whole_range():
     assert not draw_augmentation(50, flip=False, scales=(1.0,), rotate=0.0)["flip"].any()
 
 
-@pytest.mark.parametrize("angle, flip, zoom", [
-    (0.0, True, 1.0), (20.0, False, 1.0), (-13.0, True, 1.0), (0.0, False, 1.4)])
+@pytest.mark.parametrize("angle, flip, zoom", [(-13.0, True, 1.0), (20.0, False, 1.4)])
 def test_the_warp_equals_another_camera(angle, flip, zoom):
     """Nearly all warped labels agree with those of a mirrored or rolled camera, or a longer lens.
 
@@ -311,11 +279,11 @@ def test_the_warp_equals_a_plain_one(own):
     drawn = draw_augmentation(6, flip=True, scales=(0.75, 1.0, 1.5), rotate=20.0)
     assert {0.75, 1.5} <= set(drawn["scale"].tolist()) and 0 < drawn["flip"].sum() < 6
     tensors = [{name: torch.from_numpy(x) for name, x in sample.items()} for sample in samples]
-    image, labels = warp(collate(tensors), (24, 36), "cpu", **drawn)
+    image, labels = warp(collate(tensors), (16, 22), "cpu", **drawn)
     assert image.dtype == torch.float32 and labels["things"].dtype == torch.int64
     for b, sample in enumerate(samples):
         how = {name: values[b].numpy() for name, values in drawn.items()}
-        expected, clear = warp_plainly(sample, (24, 36), **how)
+        expected, clear = warp_plainly(sample, (16, 22), **how)
         assert clear.mean() > 0.98
         for name, value in {"image": image, **labels}.items():
             np.testing.assert_allclose(value[b].numpy()[..., clear], expected[name][..., clear],
@@ -330,11 +298,3 @@ def test_a_tie_between_pixels_does_not_depend_on_the_padding():
     for samples in ([sample], [sample, larger]):
         _, labels = warp(collate(samples), (10, 10))
         assert torch.equal(labels["depth"][0], depth[:, 1::2, 1::2])
-
-
-def test_the_warp_moves_the_batch_to_the_device():
-    """`warp` returns all tensors on the given device. Here the meta device stands in for a GPU."""
-    batch = collate([render_room((0, 0, 0), 16, 24)])
-    image, labels = warp(batch, (8, 8), "meta", **draw_augmentation(1, True, (1.5,), 20.0))
-    assert image.device.type == "meta" and image.shape == (1, 3, 8, 8)
-    assert {label.device.type for label in labels.values()} == {"meta"}

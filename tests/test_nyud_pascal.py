@@ -173,9 +173,8 @@ ONES = np.ones((43, 50), np.uint8)
      r"depth/433.npy has shape \(7, 9, 1\), expected \(48, 64, 1\), as its image has 48x64"),
     ("segmentation/433.png", 41 * ONES,
      r"433.png: holds class 41, expected a number in range\(0, 41\)"),
-    ("gt_sets/train.txt", b"433\n../../433",
-     "train.txt: lists image '../../433'; the name of an image must not contain a slash or '..'"),
-    ("gt_sets/train.txt", b"433\nstreet/433", "lists image 'street/433'"),
+    ("gt_sets/train.txt", b"433\nstreet/433",
+     "train.txt: lists image 'street/433'; the name of an image must not contain a slash or '..'"),
     ("gt_sets/train.txt", b"433\nstreet\\433", "lists image 'street.*433'"),
     ("gt_sets/train.txt", b"433\n..", "lists image '..'"),
     ("semseg/VOC12/2008_000008.png", 21 * ONES,
@@ -283,7 +282,7 @@ def test_integers_and_pickled_objects_are_refused(tmp_path, array, message):
 # --- photos and other images ----------------------------------------------------------------------
 @pytest.mark.parametrize("name, dtype", [
     ("a.png", np.uint16), ("a.tiff", np.int32), ("a.tiff", np.float32)])
-@pytest.mark.parametrize("read", [read_photo, read_image, read_mask])
+@pytest.mark.parametrize("read", [read_photo, read_mask])
 def test_photos_and_masks_have_8_bits(tmp_path, read, name, dtype):
     """Greys of 16 or 32 bits are refused. Pillow would clip a photo, and a mask might read as 0."""
     path = image_of(tmp_path / name, np.eye(8).astype(dtype) * 4)
@@ -320,25 +319,24 @@ def test_only_photos_are_turned_upright_and_shrunk(tmp_path):
         read_image(path)
     exif[0x0112] = 1                    # orientation 1: upright as stored
     assert read_image(image_of(path, pixels, exif=exif)).tolist() == pixels.tolist()
-    Image.new("L", (3000, 1500)).save(path)
-    assert read_photo(path).shape == (1024, 2048, 3) and read_image(path).shape == (1500, 3000, 3)
+    Image.new("L", (4096, 64)).save(path)
+    assert read_photo(path).shape == (32, 2048, 3) and read_image(path).shape == (64, 4096, 3)
 
 
 # --- archives -------------------------------------------------------------------------------------
 LIST = "NYUD_MT/gt_sets/train.txt"
 
 
-def make_archive(folder, *names, link=None):
-    """Write `folder`/NYUD_MT.tgz with these files of random bytes, and return its path.
+def make_archive(folder, name=LIST, link=None):
+    """Write `folder`/NYUD_MT.tgz with one file of random bytes, and return its path.
 
     link: the name of a link to /etc that is also put into the archive.
     """
     path, content = folder / "NYUD_MT.tgz", np.random.default_rng(0).bytes(200_000)
     with tarfile.open(path, "w:gz") as tar:
-        for name in names:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
+        info = tarfile.TarInfo(name)
+        info.size = len(content)
+        tar.addfile(info, io.BytesIO(content))
         if link:
             info = tarfile.TarInfo(link)
             info.type, info.linkname = tarfile.SYMTYPE, "/etc"
@@ -367,7 +365,7 @@ def test_a_dataset_is_its_folder_one_around_it_or_an_archive(nyud_archive, pasca
     with pytest.raises(ValueError, match="holds several copies .*/NYUD_MT, .*with --data-root"):
         find_dataset("nyud", tmp_path)
     shutil.rmtree(root.parent)
-    make_archive(tmp_path, LIST).rename(tmp_path / "NYUDv2.tar.gz")
+    make_archive(tmp_path).rename(tmp_path / "NYUDv2.tar.gz")
     assert find_dataset("nyud", tmp_path) == tmp_path / "NYUD_MT"
 
 
@@ -380,14 +378,13 @@ def test_a_missing_dataset_is_an_error_that_says_where_to_get_it(tmp_path):
         find_dataset("pascal", tmp_path)
 
 
-@pytest.mark.parametrize("names, link, message", [
-    ([LIST, "NYUD_MT/../../outside.txt"], None, r"\(OutsideDestinationError\)"),
-    ([LIST], "NYUD_MT/images", r"\(AbsoluteLinkError\)"),
-    (["PASCAL_MT/ImageSets/Context/train.txt"], None,
+@pytest.mark.parametrize("name, link, message", [
+    (LIST, "NYUD_MT/images", r"\(AbsoluteLinkError\)"),
+    ("PASCAL_MT/ImageSets/Context/train.txt", None,
      "holds no gt_sets/, so it is not an archive of nyud; see https://")])
-def test_a_foreign_archive_leaves_no_folder(tmp_path, names, link, message):
+def test_a_foreign_archive_leaves_no_folder(tmp_path, name, link, message):
     """An archive is refused if it leads out of its folder or holds another dataset."""
-    archive = make_archive(tmp_path, *names, link=link)
+    archive = make_archive(tmp_path, name, link=link)
     with pytest.raises(ValueError, match=f"NYUD_MT.tgz .*{message}"):
         unpack("nyud", archive)
     assert os.listdir(tmp_path) == ["NYUD_MT.tgz"]
@@ -400,7 +397,7 @@ def test_a_foreign_archive_leaves_no_folder(tmp_path, names, link, message):
     lambda content: content[:90_000] + bytes(len(content) - 90_000)])
 def test_a_damaged_archive_leaves_no_folder(tmp_path, damage):
     """A web page, an incomplete archive and wrong bytes are refused with an error of one line."""
-    archive = make_archive(tmp_path, LIST)
+    archive = make_archive(tmp_path)
     archive.write_bytes(damage(archive.read_bytes()))
     with pytest.raises(ValueError, match="NYUD_MT.tgz is damaged, or is not an archive of nyud .*; "
                                          "delete it and fetch it again, see http") as error:
@@ -413,7 +410,7 @@ def test_a_full_disk_is_not_the_archives_fault(tmp_path, monkeypatch):
     def extractall(self, path, **kwargs):
         (path / "NYUD_MT/gt_sets").mkdir(parents=True)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    archive = make_archive(tmp_path, LIST)
+    archive = make_archive(tmp_path)
     monkeypatch.setattr(tarfile.TarFile, "extractall", extractall)
     with pytest.raises(OSError, match="No space left on device"):
         unpack("nyud", archive)
@@ -422,7 +419,7 @@ def test_a_full_disk_is_not_the_archives_fault(tmp_path, monkeypatch):
 
 def test_an_unfinished_folder_is_neither_used_nor_touched(tmp_path):
     """Another run may be unpacking into the .partial folder, or a killed one has left it behind."""
-    make_archive(tmp_path, LIST)
+    make_archive(tmp_path)
     started = tmp_path / "NYUD_MT.tgz.partial/NYUD_MT/gt_sets"
     started.mkdir(parents=True)
     with pytest.raises(ValueError, match="NYUD_MT.tgz.partial exists: either another run is unpa"):
@@ -430,27 +427,19 @@ def test_an_unfinished_folder_is_neither_used_nor_touched(tmp_path):
     assert started.is_dir() and not (tmp_path / "NYUD_MT.tgz.unpacked").exists()
 
 
-# --- downloads ------------------------------------------------------------------------------------
-def test_an_archive_is_downloaded_only_on_request(server, nyud_archive, tmp_path, monkeypatch):
-    """Nothing is downloaded without --download. With it, the archive is saved in --data-root."""
+def test_an_archive_is_downloaded(server, nyud_archive, tmp_path, monkeypatch):
+    """With --download, the archive is saved in --data-root.
+
+    A dead address is an error that says where else to look, and leaves no file behind.
+    """
     folder, address = server
-    shutil.copy(nyud_archive, folder)
-    monkeypatch.setitem(nyud_pascal.ADDRESSES, "nyud", f"{address}/NYUD_MT.tgz")
-    data = tmp_path / "new/data"
-    with pytest.raises(ValueError, match="new/data does not exist.*add --download"):
-        find_dataset("nyud", data)
-    root = find_dataset("nyud", data, download=True)
-    assert root == data / "NYUD_MT.tgz.unpacked/NYUD_MT"
-    assert len(Files("nyud", root, "val", NYUD)) == 2
-    assert sorted(os.listdir(data)) == ["NYUD_MT.tgz", "NYUD_MT.tgz.unpacked"]
-
-
-def test_a_failed_download_says_where_else_to_look(server, tmp_path, monkeypatch):
-    """A dead address is an error that says where else to look, and leaves no file behind."""
-    url = f"{server[1]}/NYUD_MT.tgz"
+    url = f"{address}/NYUD_MT.tgz"
     monkeypatch.setitem(nyud_pascal.ADDRESSES, "nyud", url)
-    data = tmp_path / "data"
+    data = tmp_path / "new/data"
     with pytest.raises(ValueError, match=f"download of {url} failed: .*404.*Put the archive in"
                                          "to .*data yourself; .*https://github.com"):
         find_dataset("nyud", data, download=True)
     assert os.listdir(data) == []
+    shutil.copy(nyud_archive, folder)
+    assert find_dataset("nyud", data, download=True) == data / "NYUD_MT.tgz.unpacked/NYUD_MT"
+    assert sorted(os.listdir(data)) == ["NYUD_MT.tgz", "NYUD_MT.tgz.unpacked"]
