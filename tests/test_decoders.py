@@ -1,27 +1,15 @@
-"""Tests of decoders.py: parameter counts agree with the papers, and the output equals that of plain
-matrix products."""
+"""Tests of decoders.py: the output equals that of plain matrix products. test_cost.py compares the
+parameter counts with those of the papers."""
 
-import pytest
 import torch
 import torch.nn.functional as F
 
-from decoders import FUSED, Decoder
-
-
-@pytest.mark.parametrize("outputs, count", [((21, 7, 1, 3), 1_946_624), ((40, 1, 3), 1_481_588)])
-def test_parameters_are_the_papers(outputs, count):
-    """On Swin-Tiny, the decoders of PASCAL-Context's four tasks have 1,946,624 parameters in total
-    (1.94 million in the papers), and those of NYUD's three tasks have 1,481,588 (1.48 million)."""
-    parameters = 0
-    for n in outputs:
-        decoder = Decoder((192, 384, 768, 768), n)
-        parameters += sum(p.numel() for p in decoder.parameters())
-    assert parameters == count and FUSED == (18, 36, 72, 144)
+from decoders import Decoder
 
 
 def test_a_decoder_is_projection_fusion_and_head():
     """A decoder gives the same result as its steps written out, with matrix products in place of
-    1x1 convolutions."""
+    1x1 convolutions. By default, the widths of its projections are those of HRNet-W18."""
     torch.manual_seed(0)
     decoder = Decoder((8, 16), 5, fused=(2, 4)).eval()
     maps = [torch.randn(2, 9, 7, 8), torch.randn(2, 4, 3, 16)]
@@ -35,3 +23,5 @@ def test_a_decoder_is_projection_fusion_and_head():
     expected = F.interpolate(x.permute(0, 3, 1, 2), (70, 61), mode="bilinear")
     assert hidden.out_channels == 4 * (2 + 4)
     torch.testing.assert_close(decoder(maps, (70, 61)), expected)
+    default = Decoder((8, 8, 8, 8), 5)
+    assert [conv.out_channels for conv in default.fuse] == [18, 36, 72, 144]

@@ -53,8 +53,6 @@ NEEDS_EXTRAS = pytest.mark.skipif(not EXTRAS, reason="needs extras/")
 @pytest.mark.parametrize("flags", [
     "--layers attn+mlp+others",
     pytest.param("--layers attn", marks=SLOW),
-    pytest.param("--method full", marks=SLOW),
-    pytest.param("--method decoders", marks=SLOW),
     pytest.param("--method mtlora+", marks=[SLOW, NEEDS_EXTRAS]),
     pytest.param("--method bdta", marks=[SLOW, NEEDS_EXTRAS]),
     pytest.param("--backbone pvt_v2_b0", marks=[SLOW, NEEDS_EXTRAS])])

@@ -59,30 +59,12 @@ def test_the_tree_equals_one_network_per_task():
         torch.testing.assert_close(prediction, together[task.name], rtol=1e-4, atol=1e-5)
 
 
-def test_a_task_reaches_only_the_adapters_on_its_path():
-    """A loss on task c's prediction gives gradients to c's decoder and to the adapters of groups
-    that contain c, and to nothing else."""
-    model = network()
-    model(torch.randn(1, 3, 56, 56))["c"].square().mean().backward()
-    for name, p in model.named_parameters():
-        if "lora_" in name:
-            path = name.rpartition(".")[0]
-            partition = TREE[int(name.split(".")[2])]
-            for group, grad in zip(partition, p.grad.split(model.get_submodule(path).ranks)):
-                assert bool(grad.any()) == (2 in group), name
-        else:
-            touched = p.grad is not None and bool(p.grad.any())
-            assert touched == name.startswith("decoders.c."), name
-
-
 def test_trees_that_do_not_fit_are_refused():
-    """A wrong number of stages, a missing task and groups that merge again are errors."""
+    """A wrong number of stages and a missing task are errors (more: test_grouping.py)."""
     with pytest.raises(ValueError, match="the tree has 3 stages, but the backbone has 4"):
         build(settings(method="full"), TASKS, TREE[1:])
     with pytest.raises(ValueError, match="each of the 3 tasks exactly once"):
         build(settings(), TASKS, [[(0, 1)]] * 4)
-    with pytest.raises(ValueError, match="not nested"):
-        build(settings(), TASKS, TREE[::-1])
 
 
 @pytest.mark.slow
@@ -120,12 +102,11 @@ def test_only_intended_parameters_are_trained(method, layers, adapted, others):
         assert p.requires_grad == expected, name
 
 
-def test_the_same_seed_gives_the_same_network():
-    """Two networks with the same seed are equal, and a different seed gives different weights."""
-    networks = [build(settings(seed=seed), TASKS, TREE) for seed in (3, 3, 4)]
-    first, same, other = (model.state_dict() for model in networks)
-    assert all(torch.equal(first[name], same[name]) for name in first)
-    assert not torch.equal(first["decoders.a.fuse.0.weight"], other["decoders.a.fuse.0.weight"])
+def test_another_seed_gives_other_weights():
+    """The initial weights depend on --seed. (test_reference_run.py builds the same network twice.)
+    """
+    first, other = (build(settings(seed=seed), TASKS, TREE) for seed in (3, 4))
+    assert not torch.equal(first.decoders["a"].fuse[0].weight, other.decoders["a"].fuse[0].weight)
 
 
 def test_pretrained_weights_are_loaded_into_their_backbone(capsys):
