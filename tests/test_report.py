@@ -72,8 +72,8 @@ def test_curves_show_losses_and_metrics(tmp_path, texts):
 FIVE = ["depth", "semseg", "normals", "edge", "human_parts"]
 
 
-@pytest.mark.parametrize("known", [True, False])
-@pytest.mark.parametrize("suffix", ["", "_with_a_rather_long_name"])
+@pytest.mark.parametrize("known, suffix", [
+    (True, ""), (True, "_with_a_rather_long_name"), (False, "")])
 def test_the_tree_is_drawn_with_its_similarities(known, suffix, tmp_path, texts):
     """In the picture, texts do not overlap, and tasks of a group are next to each other.
 

@@ -142,25 +142,17 @@ def test_similarities_equal_direct_autograd():
                 cosine = F.cosine_similarity(gradients[t], gradients[u], dim=0)
                 samples[n, t, u] = cosine.item()
     np.testing.assert_allclose(similarity.samples, samples, atol=1e-5)
-    for t, u in ((0, 1), (0, 2), (1, 2)):
-        values = samples[:, t, u][~np.isnan(samples[:, t, u])]
-        error = values.std(ddof=1) / len(values) ** 0.5
-        assert similarity.mean[t, u] == pytest.approx(values.mean(), abs=1e-5)
-        assert similarity.error[t, u] == pytest.approx(error, abs=1e-5)
-    assert np.array_equal(np.diag(similarity.mean), np.ones(3))
-    assert np.array_equal(similarity.mean, similarity.mean.T)
+    error = np.nanstd(samples, 0, ddof=1) / np.isfinite(samples).sum(0) ** 0.5
+    np.testing.assert_allclose(similarity.mean, np.nanmean(samples, 0), atol=1e-5)
+    np.testing.assert_allclose(similarity.error, error, atol=1e-5)
 
 
-def test_missing_labels_are_left_out_of_their_pairs():
-    """An example without a label for one task counts only for pairs of the other tasks. If no
-    example is labelled for both tasks of a pair, that is an error."""
-    full, part = example(0), example(1, without=["two"])
-    first = task_similarity(Net(), make_tasks(), [full])
-    both = task_similarity(Net(), make_tasks(), [full, part])
-    assert both.mean[0, 1] == first.mean[0, 1] and both.mean[0, 2] != first.mean[0, 2]
-    assert np.isnan(first.error).all()                  # a single example has no standard error
+def test_a_pair_needs_an_example_with_both_labels():
+    """One such example has no standard error. If no example is labelled for both tasks of a pair,
+    that is an error."""
+    assert np.isnan(task_similarity(Net(), make_tasks(), [example(0)]).error).all()
     with pytest.raises(ValueError, match="no example has valid labels for both one and two; use"):
-        task_similarity(Net(), make_tasks(), [part])
+        task_similarity(Net(), make_tasks(), [example(1, without=["two"])])
 
 
 def test_a_gradient_that_is_not_finite_is_an_error():
@@ -212,9 +204,6 @@ def test_decoders_equal_a_plain_training_loop():
     finetune_decoders(model, tasks, load([[0, 1], [2, 3], [4]]), iter(batches), lr=0.1, steps=20)
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, expected.state_dict()[name], rtol=1e-4, atol=1e-5)
-    unchanged = Net().backbone.state_dict()
-    for name, value in model.backbone.state_dict().items():
-        assert torch.equal(value, unchanged[name])
 
 
 def test_the_maps_are_computed_once_in_the_type_of_amp():
@@ -231,21 +220,14 @@ def test_the_maps_are_computed_once_in_the_type_of_amp():
 
 def test_fresh_decoders_depend_on_the_seed_and_the_name():
     """The weights of a fresh decoder depend on the seed and on the task's name, but not on the
-    other tasks or their order."""
-    two, three = Net(["three", "one"]), Net()
-    for model in (two, three):
-        nn.init.constant_(model.decoders["one"].norm.bias, 7)
-        fresh_decoders(model, 5)
-    for name in ("three", "one"):
-        for a, b in zip(two.decoders[name].parameters(), three.decoders[name].parameters()):
-            assert torch.equal(a, b)
-    assert two.decoders["one"].norm.bias.count_nonzero() == 0
-    weights = [decoder.head.weight for decoder in three.decoders.values()]
-    assert not torch.equal(weights[0], weights[1])
-    fresh_decoders(two, 6)
-    assert not torch.equal(two.decoders["one"].head.weight, weights[0])
+    other tasks: here, the task comes second."""
+    model = Net(["three", "one"])
+    decoder = model.decoders["one"]
+    nn.init.constant_(decoder.norm.bias, 7)
+    fresh_decoders(model, 5)
+    assert decoder.norm.bias.count_nonzero() == 0
     torch.manual_seed(2331783222)       # zlib.crc32(b"5 one"), for seed 5 and task "one"
-    assert torch.equal(nn.Conv2d(16, 1, 1).weight, weights[0])
+    assert torch.equal(nn.Conv2d(16, 1, 1).weight, decoder.head.weight)
 
 
 @pytest.mark.parametrize("failing", [False, True])
