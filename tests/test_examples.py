@@ -138,13 +138,6 @@ def test_labels_of_the_photos_are_made_from_the_label_map(tmp_path, example):
     assert np.allclose(sample["height"], rows[:, None] * (label > 0), atol=1e-6)
 
 
-def test_pixels_inside_a_label_are_no_edges(example):
-    label = np.zeros((5, 5), int)
-    label[:, 2:] = 1
-    assert example.borders(label).tolist() == [[0, 1, 1, 0, 0]] * 5
-    assert example.borders(label.T).T.tolist() == [[0, 1, 1, 0, 0]] * 5
-
-
 def test_the_labels_of_the_photos_become_seven_classes(tmp_path, example):
     """Every name in CLOTHES exists, and the other labels are ignored. A missing file of names is an
     error."""

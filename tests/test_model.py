@@ -102,12 +102,11 @@ def test_only_intended_parameters_are_trained(method, layers, adapted, others):
         assert p.requires_grad == expected, name
 
 
-def test_the_same_seed_gives_the_same_network():
-    """Two networks with the same seed are equal, and a different seed gives different weights."""
-    networks = [build(settings(seed=seed), TASKS, TREE) for seed in (3, 3, 4)]
-    first, same, other = (model.state_dict() for model in networks)
-    assert all(torch.equal(first[name], same[name]) for name in first)
-    assert not torch.equal(first["decoders.a.fuse.0.weight"], other["decoders.a.fuse.0.weight"])
+def test_another_seed_gives_other_weights():
+    """The initial weights depend on --seed. (test_reference_run.py builds the same network twice.)
+    """
+    first, other = (build(settings(seed=seed), TASKS, TREE) for seed in (3, 4))
+    assert not torch.equal(first.decoders["a"].fuse[0].weight, other.decoders["a"].fuse[0].weight)
 
 
 def test_pretrained_weights_are_loaded_into_their_backbone(capsys):

@@ -36,7 +36,6 @@ def test_a_night_camera_changes_the_image_but_no_label():
     day = render_room((0, 0, 0), 112, 112)
     night = render_room((0, 0, 0), 112, 112, night=True)
     assert all(torch.equal(day[name], night[name]) for name in day if name != "image")
-    assert torch.equal(night["image"], render_room((0, 0, 0), 112, 112, night=True)["image"])
     noise = night["image"].float() - 0.35 * day["image"]
     bright = day["image"] > 120                         # there, no value is cut off at 0
     assert bright.sum() > 1000
@@ -114,27 +113,13 @@ def test_shortcuts_of_the_renderer_change_nothing(monkeypatch):
             assert torch.equal(value, room[name]), name
 
 
-def test_the_salient_object_is_the_nearest(rooms):
-    """The salient object has one class and covers 3 to 50 % of the image. No object class that
-    covers more than 5 % of the image has a mean depth that is smaller by 0.2 m or more."""
-    shares = []
-    for room in rooms:
-        salient = room["sal"] == 1
-        shares.append(salient.float().mean())
-        classes = room["semseg"][salient].unique()
-        assert len(classes) == 1 and classes[0] > 2         # not floor, ceiling or wall
-        depth = room["depth"][0]
-        for other in range(3, 7):
-            others = room["semseg"] == other
-            if others.float().mean() > 0.05:
-                assert depth[salient].mean() < depth[others].mean() + 0.2
-    assert 0.03 < min(shares) and max(shares) < 0.5
-
-
 def test_an_object_of_a_few_pixels_is_not_salient():
-    """The nearest object covers only 0.5 % of the image, so the next one, with 1 %, is salient."""
+    """The nearest object covers only 0.5 % of the image, so the next one, with 1 %, is salient.
+
+    Another one has a nearer pixel, but its mean depth is larger. The room itself does not count.
+    """
     number = np.array([0] + [1] * 2 + [2] * 97 + [-1] * 100)
-    t = np.array([1.0] + [2.0] * 2 + [3.0] * 97 + [0.5] * 100)
+    t = np.array([1.0] + [2.0] * 2 + [1.5] + [3.0] * 96 + [0.5] * 100)
     assert nearest_object(t, number).nonzero()[0].tolist() == [1, 2]
 
 

@@ -55,49 +55,12 @@ def test_the_presets_are_the_published_ones():
         build_swin("huge")
 
 
-def test_swin_tiny_has_its_published_parameters():
-    """Swin-Tiny has 27,517,818 parameters. OTHERS names 1,599,546 of them, and the rest are in
-    layers that get adapters. Its maps have the expected shapes."""
-    with torch.device("meta"):
-        model = build_swin("tiny")
-        maps = model(torch.zeros(2, 3, 128, 160))
-    assert [tuple(x.shape[1:]) for x in maps] == [
-        (16, 20, 192), (8, 10, 384), (4, 5, 768), (4, 5, 768)]
-    assert model.channels == [192, 384, 768, 768]
-    assert sum(p.numel() for p in model.parameters()) == 27_517_818
-    others = 0
-    for name, p in model.named_parameters():
-        layer = name.rpartition(".")[0]
-        if any(part in name for part in model.OTHERS):
-            others += p.numel()
-        else:
-            assert layer.endswith(model.ADAPTED["attn+mlp"]), name
-    assert others == 1_599_546
-    assert model.ADAPTED["attn"] == ("attn.qkv", "attn.proj")
-
-
 def test_random_start():
     """In a new network, weights of linear layers and bias tables have a standard deviation of 0.02,
-    and biases are 0."""
+    biases are 0, and there is no drop path."""
     torch.manual_seed(0)
     block = build_swin("mini").layers[3].blocks[1]
     for weight in (block.attn.qkv.weight, block.mlp.fc2.weight,
                    block.attn.relative_position_bias_table):
         assert weight.std().item() == pytest.approx(0.02, rel=0.05)
-    assert not block.attn.qkv.bias.any()
-
-
-def test_drop_path_grows_with_depth_and_drops_both_branches():
-    """The blocks' drop path rates rise from 0 to the given rate in equal steps. A block that drops
-    both its branches is the identity."""
-    model = build_swin("mini", drop_path=0.7)
-    blocks = [block for stage in model.layers for block in stage.blocks]
-    rates = [block.drop_path.p for block in blocks]
-    assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7])
-    assert build_swin("mini").layers[3].blocks[1].drop_path.p == 0
-    block, x = blocks[0].train(), torch.randn(1, 14, 14, 32)
-    block.drop_path.p = 1.0
-    assert torch.equal(block(x), x)
-    block.drop_path.p = 0.5
-    outputs = block(x.repeat(64, 1, 1, 1)).round(decimals=3)
-    assert len(outputs.unique(dim=0)) == 4      # each image keeps or drops each of the branches
+    assert not block.attn.qkv.bias.any() and block.drop_path.p == 0
