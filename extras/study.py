@@ -1,7 +1,7 @@
 """Does it matter which tasks share their adapters? This study trains every possible tree.
 
     python -m extras.study                # train everything on rooms, then print the verdicts
-    python -m extras.study --quick        # three runs of one seed, compared with recorded values
+    python -m extras.study --quick        # four runs of one seed, compared with recorded results
     python -m extras.study --dataset nyud --data-root data       # the same questions on NYUD-v2
 
 Some stages of the tree divide the tasks into k groups. With four tasks and k = 2 there are exactly

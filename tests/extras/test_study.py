@@ -269,15 +269,15 @@ def test_nothing_is_equivalent_without_a_margin(tmp_path, monkeypatch, without_t
 def test_the_recorded_study_says_what_its_page_says(tmp_path, without_training, capsys):
     """The study needs exactly the recorded runs. It prints the code blocks of docs/STUDY.md and
     draws assets/study.png."""
-    if not RECORDED.exists():
-        pytest.skip(f"{RECORDED.name} is missing, because the study is not complete yet")
     recorded = json.loads(RECORDED.read_text())
     (tmp_path / "study.json").write_text(RECORDED.read_text())
     study.main(["--out", str(tmp_path)])
     printed = capsys.readouterr().out
     assert json.loads((tmp_path / "study.json").read_text()) == recorded
-    assert without_training == {name: as_text([run["flags"]])
-                                for name, run in recorded["runs"].items()}
+    asked = {name: as_text([run["flags"]]) for name, run in recorded["runs"].items()}
+    for arm in ("multi-task full", "mtlora", "bdta"):
+        del asked[f"{arm}/0"]           # copied when the rate was chosen, but not needed later
+    assert without_training == asked
     check_the_report(recorded, printed)
 
     shown = "\n".join(PAGE.read_text().split("```")[1::2]).splitlines()
