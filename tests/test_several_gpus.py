@@ -12,9 +12,8 @@ import eval
 import train
 
 ROOT = Path(__file__).parent.parent
-FLAGS = ["--tasks", "depth,normals", "--groups", "1,1,2,2", "--train-rooms", "8", "--val-rooms",
-         "3", "--size", "32", "--epochs", "1", "--batch-size", "2", "--no-flip", "--device",
-         "cpu", "--log-every", "1"]
+FLAGS = ["--tasks", "depth,normals", "--train-rooms", "8", "--val-rooms", "3", "--size", "32",
+         "--epochs", "1", "--batch-size", "2", "--no-flip", "--device", "cpu", "--log-every", "1"]
 
 
 def torchrun(*flags):
@@ -33,7 +32,7 @@ def test_two_processes_train_as_two_parts_of_a_batch(tmp_path, capsys):
     eval.py reads the checkpoint. A batch that two processes cannot share evenly is refused, and so
     are flags without a known tree.
     """
-    train.main([*FLAGS, "--accumulate", "2", "--out", str(tmp_path / "one")])
+    train.main([*FLAGS, "--groups", "1,1,2,2", "--accumulate", "2", "--out", str(tmp_path / "one")])
     tree = tmp_path / "one/tree.json"
     code, text, error = torchrun("--tree", tree, "--out", tmp_path / "two")
     assert code == 0, error
