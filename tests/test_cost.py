@@ -2,6 +2,9 @@
 FLOP counter."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -143,3 +146,13 @@ def test_the_command_prints_text_or_json(capsys):
     assert lines[4].split()[-1] == f"{printed['macs_all'] / 1e9:.2f}"
     with pytest.raises(SystemExit, match="error: .*no.json"):
         cost.main(["--tree", "no.json"])
+
+
+def test_a_reader_that_stops_gives_no_traceback():
+    """If nobody reads the output any more, as after `| head`, the command ends without a word."""
+    command = [sys.executable, "cost.py", "--tasks", "depth"]
+    with subprocess.Popen(command, cwd=Path(cost.__file__).parent, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
